@@ -1,0 +1,196 @@
+"""World model backbone: a causal spatio-temporal diffusion Transformer, conditioned on latent actions.
+
+Open-Sora v1.2's STDiT3 (hpcaitech/Open-Sora, branch opensora/v1.2) without its text path, with a causal mask in the
+temporal attention (appendix B.2), plus the paper's action conditioning: a self-attention network over the action
+sequence and an MLP whose scale, shift and gate are added to those of the flow time in every block (section 3.3).
+Module names are those of the released weights.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from einops import rearrange
+
+from lam import MLP, Attention, Block, sincos_2d
+
+
+@dataclass
+class DiTConfig:
+    hidden: int = 1152
+    heads: int = 16
+    depth: int = 28             # pairs of a spatial and a temporal block
+    channels: int = 4           # of the latents
+    patch: int = 2              # spatial; the temporal patch is 1
+    out_channels: int = 8       # Open-Sora also predicts an unused sigma; pixel models set this to `channels`
+    pixel_stride: int = 8       # pixels a latent cell: the position grid is in pixels
+    causal: bool = True         # in temporal attention; Open-Sora itself is bidirectional
+    action_dim: int = 256       # r*k*d, what leads to one latent frame; 0: no action modules
+    action_depth: int = 6       # causal blocks over the action sequence
+    action_scale: float = 1.0   # (ours) standard deviation to expect of the actions
+    action_std: float = 0.01    # (ours) of the action MLP's last layer: almost undisturbed, yet gradient flows
+
+
+class KVCache:
+    """Temporal keys and values of the clean past. A call of the DiT reads them, and adds its own while `append`."""
+
+    def __init__(self):
+        self.past, self.frames, self.append = {}, 0, True
+
+
+class Embedder(nn.Module):
+    """A scalar -> 256 sinusoids [cos, sin] -> Linear, SiLU, Linear."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, x):
+        """x (...) -> (..., d)"""
+        freq = torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
+        angle = x.float()[..., None] * freq
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
+
+
+class DiTBlock(nn.Module):
+    """x += gate * attn(norm(x) * (1 + scale) + shift), then the same with the MLP; spatial or temporal."""
+
+    def __init__(self, cfg, temporal):
+        super().__init__()
+        d = cfg.hidden
+        self.temporal = temporal
+        self.attn = Attention(d, cfg.heads, rope=temporal, causal=temporal and cfg.causal)
+        self.mlp = MLP(d)
+        self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, d) / d ** 0.5)
+        with torch.no_grad():               # from scratch, gates near 1 learn much faster than gates near 0
+            self.scale_shift_table[[2, 5]] += 1
+
+    def forward(self, x, mod, past=None):
+        """x (b, l, s, d), mod (b, l, 6, d) -> (b, l, s, d) and the temporal (k, v)"""
+        b = len(x)
+        mod = (self.scale_shift_table + mod)[:, :, :, None]                     # (b, l, 6, 1, d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(2)            # each (b, l, 1, d)
+        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        if self.temporal:
+            y, kv = self.attn(rearrange(y, "b l s d -> (b s) l d"), past)
+            y = rearrange(y, "(b s) l d -> b l s d", b=b)
+        else:
+            y, kv = self.attn(rearrange(y, "b l s d -> (b l) s d"))
+            y = rearrange(y, "(b l) s d -> b l s d", b=b)
+        x = torch.addcmul(x, gate1, y)
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))), kv
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(cfg.hidden, eps=1e-6, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, cfg.hidden) / cfg.hidden ** 0.5)
+        self.linear = nn.Linear(cfg.hidden, cfg.patch ** 2 * cfg.out_channels)
+
+    def forward(self, x, time):
+        """x (b, l, s, d), time (b, l, d) -> (b, l, s, patch pixels)"""
+        shift, scale = (self.scale_shift_table + time[:, :, None]).unsqueeze(3).unbind(2)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class ActionModules(nn.Module):
+    """Action sequence -> six modulations for each latent frame (section 3.3, appendix B.2).
+
+    Causal blocks whose output projections start at zero, then an MLP whose last layer starts small.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        d = cfg.hidden
+        self.embed = nn.Linear(cfg.action_dim, d)
+        self.blocks = nn.ModuleList(Block(d, cfg.heads, spatial=False, ratio=2) for _ in range(cfg.action_depth))
+        self.mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, 6 * d))
+        for block in self.blocks:
+            for out in (block.temporal.proj, block.mlp.fc2):
+                nn.init.zeros_(out.weight), nn.init.zeros_(out.bias)
+        nn.init.normal_(self.embed.weight, std=1 / (cfg.action_scale * cfg.action_dim ** 0.5))
+        nn.init.normal_(self.mlp[2].weight, std=cfg.action_std), nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, actions):
+        """actions (b, l-1, action_dim) -> (b, l, 6, d); the first frame gets the null action, zeros"""
+        x = self.embed(nn.functional.pad(actions, (0, 0, 1, 0)))[:, :, None]    # (b, l, 1, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.mlp(x[:, :, 0]).unflatten(-1, (6, -1))
+
+
+class DiT(nn.Module):
+    """Predicts the velocity x_0 - noise of each latent frame from noised and clean frames.
+
+    Raises:
+        ValueError: latents that the patch does not divide, or actions of another shape.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        d = cfg.hidden
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(cfg.channels, d, (1, cfg.patch, cfg.patch),
+                                                           stride=(1, cfg.patch, cfg.patch))})
+        self.t_embedder = Embedder(d)
+        self.fps_embedder = Embedder(d)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.spatial_blocks = nn.ModuleList(DiTBlock(cfg, temporal=False) for _ in range(cfg.depth))
+        self.temporal_blocks = nn.ModuleList(DiTBlock(cfg, temporal=True) for _ in range(cfg.depth))
+        self.final_layer = FinalLayer(cfg)
+        self.action = ActionModules(cfg) if cfg.action_dim else None
+        for out in (self.t_block[1], self.final_layer.linear):
+            nn.init.zeros_(out.weight), nn.init.zeros_(out.bias)
+
+    def body(self):
+        """Parameters of the pre-trained generator: all but the action modules."""
+        return [p for name, p in self.named_parameters() if not name.startswith("action.")]
+
+    def position(self, rows, cols, device):
+        """Open-Sora's position embedding of the token grid: (rows*cols, d)"""
+        pixels = self.cfg.patch * self.cfg.pixel_stride
+        scale = math.sqrt(rows * pixels * cols * pixels) / 512
+        base = round(math.sqrt(rows * cols))
+        y, x = (torch.arange(n, device=device) / scale * base / n for n in (rows, cols))
+        return sincos_2d(y, x, self.cfg.hidden)
+
+    def forward(self, x, t, actions=None, fps=None, cache=None):
+        """
+        Args:
+            x: (b, c, l, h, w) latents; context frames clean, the others noised.
+            t: (b, l) flow time in [0, 1], 0 for context frames.
+            actions: (b, l-1, action_dim), actions[:, j] leads from latent frame j to j+1; with a cache, those since
+                the first cached frame. None: the action modules are skipped.
+            fps: (b,) frames a second; None: 24.
+            cache: KVCache of the frames before x, or None.
+
+        Returns:
+            velocity (b, c, l, h, w)
+        """
+        cfg, (b, c, l, h, w) = self.cfg, x.shape
+        start = cache.frames if cache else 0
+        if h % cfg.patch or w % cfg.patch:
+            raise ValueError(f"DiT: latents of {h}x{w} are not divisible by the patch {cfg.patch}")
+        rows, cols = h // cfg.patch, w // cfg.patch
+        fps = torch.full((b,), 24.0, device=x.device) if fps is None else fps
+        x = rearrange(self.x_embedder["proj"](x), "b d l h w -> b l (h w) d")
+        x = x + self.position(rows, cols, x.device).to(x.dtype)
+        time = self.t_embedder(1000 * t) + self.fps_embedder(fps)[:, None]      # (b, l, d)
+        mod = self.t_block(time).unflatten(-1, (6, -1))                         # (b, l, 6, d)
+        if actions is not None:
+            if actions.shape != (b, start + l - 1, cfg.action_dim):
+                raise ValueError(f"DiT: actions {tuple(actions.shape)}, expected {(b, start + l - 1, cfg.action_dim)}")
+            mod = mod + self.action(actions)[:, start:]
+        for i in range(cfg.depth):
+            x, _ = self.spatial_blocks[i](x, mod)
+            x, kv = self.temporal_blocks[i](x, mod, cache.past.get(i) if cache else None)
+            if cache and cache.append:
+                cache.past[i] = kv
+        if cache and cache.append:
+            cache.frames += l
+        x = self.final_layer(x, time)
+        return rearrange(x, "b l (h w) (p q c) -> b c l (h p) (w q)", h=rows, p=cfg.patch, q=cfg.patch)[:, :c]

@@ -1,0 +1,202 @@
+"""Rectified flow, and the world model that it trains together with its latent actions.
+
+Paper: sections 3.1 and 3.3, appendix B.2 and B.3. Convention of Open-Sora v1.2 (Liu et al. 2022, arXiv 2209.03003):
+flow time t is 0 for data and 1 for noise, x_t = (1-t) x_0 + t noise, the network predicts the velocity x_0 - noise.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from einops import rearrange
+
+from dit import DiT, DiTConfig, KVCache
+from lam import LAM, LAMConfig
+from vae import PixelVAE
+
+
+@dataclass
+class FlowConfig:
+    time_shift: str = "auto"    # "auto": Open-Sora's formula; a number: r itself; "none": r = 1
+    action_drop: float = 0.1    # chance that a latent frame's action is zeroed in training (appendix B.2)
+    clip_drop: float = 0.1      # (ours) chance that all actions of a clip are
+    window: int = 0             # clean latent frames that a rollout sees at most; 0: all
+    sampling_steps: int = 10
+    guidance: float = 4.0
+
+
+def time_ratio(shift, pixels, frames):
+    """r of the time shift t' = r t / (1 + (r-1) t); frames are latent ones (Open-Sora's count is 0 for short clips)."""
+    if shift in (True, "auto"):
+        return math.sqrt(pixels / 512 ** 2) * math.sqrt(frames)
+    return 1.0 if shift in (False, None, "none") else float(shift)
+
+
+def shift_time(t, r):
+    return r * t / (1 + (r - 1) * t)
+
+
+@torch.no_grad()
+def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False, fps=None, cache=None):
+    """Denoise all but the context frames by Euler steps over t = 1, 1-1/n, ... (shifted).
+
+    Args:
+        x: (b, c, l, h, w), its first `context` frames clean, the rest noise.
+        context: clean frames in x; with a cache, which holds the past, it may be 0.
+        actions: (b, l-1, action_dim) as for the DiT, or None.
+        guidance: g of v_null + g (v_act - v_null), where v_null has no actions at the noised frames; 1 needs no v_null.
+        shift: True for Open-Sora's formula, a number r, or False.
+        cache: KVCache of earlier frames, read only.
+
+    Returns:
+        latents (b, c, l, h, w)
+    """
+    b, _, l, h, w = x.shape
+    past = cache.frames if cache else 0
+    r = time_ratio(shift, h * w * dit.cfg.pixel_stride ** 2, past + l)
+    times = shift_time(1 - torch.arange(steps + 1, device=x.device) / steps, r)
+    noised = (torch.arange(l, device=x.device) >= context).float()              # (l,)
+    null = None
+    if actions is not None and guidance != 1:
+        null = actions.clone()
+        null[:, max(past + context - 1, 0):] = 0
+    for t, t_next in zip(times[:-1], times[1:]):
+        v = dit(x, (t * noised).expand(b, l), actions, fps, cache)
+        if null is not None:
+            v_null = dit(x, (t * noised).expand(b, l), null, fps, cache)
+            v = v_null + guidance * (v - v_null)
+        x = x + (t - t_next) * noised[:, None, None] * v
+    return x
+
+
+class Draw:
+    """Random numbers for a batch that is spread over ranks: each draws the whole and keeps its own rows, so that
+    the same (seed, step) gives the same clips the same noise on any number of ranks."""
+
+    def __init__(self, *seed, device="cpu", rank=0, ranks=1):
+        mixed = 0
+        for s in seed:
+            mixed = (mixed * 1000003 + s + 1) % (2 ** 63 - 1)
+        self.generator = torch.Generator(device).manual_seed(mixed)
+        self.device, self.rank, self.ranks = device, rank, ranks
+
+    def __call__(self, draw, b, *shape):
+        """draw is torch.rand or torch.randn: (b, *shape)"""
+        all_ranks = draw(b * self.ranks, *shape, generator=self.generator, device=self.device)
+        return all_ranks[self.rank * b:(self.rank + 1) * b]
+
+
+class World(nn.Module):
+    """Latent action model + causal DiT + VAE: one flow-matching loss trains IDM, codebook and generator (Figure 1b)."""
+
+    def __init__(self, lam, dit, vae, cfg=FlowConfig()):
+        super().__init__()
+        self.lam, self.dit, self.vae, self.cfg = lam, dit, vae, cfg
+        want = vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim
+        if dit.cfg.action_dim != want:
+            raise ValueError(f"World: the DiT takes actions of {dit.cfg.action_dim} dims, the LAM gives {want} a latent frame")
+
+    def config(self):
+        return {"lam": asdict(self.lam.cfg), "dit": asdict(self.dit.cfg), "flow": asdict(self.cfg)}
+
+    def pack(self, z):
+        """Latent actions (b, t-1, k, d) -> what leads to each latent frame (b, l-1, r*k*d)"""
+        r = self.vae.time_stride
+        if z.shape[1] % r:
+            raise ValueError(f"clips of {z.shape[1] + 1} frames: the VAE needs 1 + {r}(L-1), e.g. {1 + r}, {1 + 2 * r}, {1 + 4 * r}")
+        return rearrange(z, "b (l r) k d -> b l (r k d)", r=r)
+
+    def forward(self, video, draw=None, fps=None, use_actions=True):
+        """Flow-matching loss (section 3.3) plus the VQ losses, both with weight 1.
+
+        Args:
+            video: (b, 3, t, h, w) in [-1, 1].
+            draw: source of randomness; None: unseeded.
+            fps: (b,) frames a second, or None.
+            use_actions: False for pre-training without action modules.
+
+        Returns:
+            loss, and a dict: `flow` and `vq` (scalars), `indices` (b, t-1, k), and for each clip `clip_t`, `clip_flow` (b,).
+        """
+        draw = draw or Draw(torch.seed() % 2 ** 31, device=video.device)
+        # infer and quantize
+        actions, indices, vq = None, None, video.new_zeros(())
+        if use_actions:
+            z, indices, vq = self.lam.encode(video)
+            actions = self.pack(z)                                              # (b, l-1, r*k*d)
+            keep = draw(torch.rand, len(video), actions.shape[1], 1) >= self.cfg.action_drop
+            keep &= draw(torch.rand, len(video), 1, 1) >= self.cfg.clip_drop
+            actions = actions * keep
+        # noise all frames but the context: 1 clean frame with probability 1/2, else 1 .. l-1
+        x0 = self.vae.encode(video)                                             # (b, c, l, h, w)
+        b, c, l, h, w = x0.shape
+        r = time_ratio(self.cfg.time_shift, h * w * self.vae.pixel_stride ** 2, l)
+        t = shift_time(draw(torch.randn, b).sigmoid(), r)                       # (b,)
+        context = torch.where(draw(torch.rand, b) < 0.5, 1, 1 + (draw(torch.rand, b) * (l - 1)).long())
+        noised = torch.arange(l, device=x0.device) >= context[:, None]          # (b, l)
+        t_frame = t[:, None] * noised                                           # (b, l)
+        noise = draw(torch.randn, b, c, l, h, w)
+        mix = t_frame[:, None, :, None, None]
+        x_t = (1 - mix) * x0 + mix * noise
+        # predict the velocity, add up
+        v = self.dit(x_t, t_frame, actions, fps)
+        error = ((v.float() - (x0 - noise)) ** 2).mean((1, 3, 4))               # (b, l)
+        flow = (error * noised).sum() / noised.sum()
+        clip_flow = (error * noised).sum(1) / noised.sum(1)
+        return flow + vq, {"flow": flow.detach(), "vq": vq.detach(), "indices": indices,
+                           "clip_t": t, "clip_flow": clip_flow.detach()}
+
+    @torch.no_grad()
+    def rollout(self, frames, actions, steps=None, guidance=None, fps=None, draw=None):
+        """Dream frame by frame: each latent frame is denoised given the clean past, then joins it.
+
+        Args:
+            frames: (b, 3, t0, h, w) in [-1, 1], the true past.
+            actions: (b, t-1, k, d) latent actions of all transitions, those inside `frames` included.
+            steps, guidance: sampling settings; None: the world's own.
+            draw: source of the noise; None: unseeded.
+
+        Returns:
+            video (b, 3, t, h, w) in [-1, 1], whose first t0 frames are the past as decoded from its latents.
+        """
+        draw = draw or Draw(torch.seed() % 2 ** 31, device=frames.device)
+        steps = self.cfg.sampling_steps if steps is None else steps
+        guidance = self.cfg.guidance if guidance is None else guidance
+        actions, latents = self.pack(actions), self.vae.encode(frames)
+        b, c, l0, h, w = latents.shape
+        window, cache = self.cfg.window or actions.shape[1], None
+        for j in range(l0, actions.shape[1] + 1):
+            # the clean past goes through the DiT once; beyond the window it slides, and starts over as a shorter clip
+            if cache is None or cache.frames == window:
+                first, cache, past = max(0, j - window), KVCache(), latents[:, :, max(0, j - window):]
+            else:
+                past = latents[:, :, -1:]
+            cache.append = True
+            self.dit(past, past.new_zeros(b, past.shape[2]), actions[:, first:j - 1], fps, cache)
+            cache.append = False
+            x = sample(self.dit, draw(torch.randn, b, c, 1, h, w), 0, actions[:, first:j], steps, guidance,
+                       self.cfg.time_shift, fps, cache)
+            latents = torch.cat([latents, x], 2)
+        return self.vae.decode(latents, 1 + actions.shape[1] * self.vae.time_stride)
+
+
+def build_world(config):
+    """World with fresh weights from World.config()'s dict."""
+    return World(LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"])), PixelVAE(), FlowConfig(**config["flow"]))
+
+
+def load_world(path, device="cpu"):
+    """Trained World, in eval mode, from a run's folder or a checkpoint file.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+    """
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    state = torch.load(path, map_location=device, weights_only=True)
+    world = build_world(state["world"]).to(device)
+    world.load_state_dict(state["model"])
+    return world.eval()

@@ -1,0 +1,290 @@
+"""Latent action model (LAM): which discrete action leads from each frame to the next?
+
+Paper: sections 3.1 and 3.2, appendix B.1. IDM (inverse dynamics model): an ST-Transformer (Xu et al. 2020, as in
+Genie) looks at o_1..o_{t+1} and infers z_t; a vector quantizer makes it discrete. FDM (forward dynamics model): a
+spatial Transformer that predicts o_{t+1} from o_t and z_t; only the two-stage baseline has one.
+
+Shape key of the repository: b batch, t frames, l latent frames, c channels, h w height and width, s tokens a frame,
+k action tokens, d width, n attention heads, e width of a head.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vq import VectorQuantizer
+
+
+@dataclass
+class LAMConfig:
+    size: int = 224             # frames are resized to size x size
+    patch: int = 14
+    width: int = 768
+    depth: int = 12             # blocks of the IDM
+    heads: int = 12
+    fdm_depth: int = 12         # blocks of the FDM; 0: none
+    num_codes: int = 32
+    code_dim: int = 32
+    tokens: int = 2             # k, codes a transition
+    pairs: bool = False         # (ours) the IDM sees only o_t and o_{t+1}, not the frames before
+    difference: bool = False    # (ours) the IDM also sees each frame minus the one before
+    standardize: bool = False   # (ours) normalise the IDM's output over the batch before quantizing
+    latent_scale: float = 1.0   # (ours) scale of what is quantized: sets what the VQ losses' weight of 1 means
+
+
+def rope(x, angle):
+    """Rotary position embedding (Su et al. 2021): rotate interleaved pairs of x (..., s, e) by angle (..., s, e/2)."""
+    cos, sin = angle.cos(), angle.sin()
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+def rope_angles(position, e, base=10000):
+    """Angles of positions (...) over e/2 frequencies base^(-2i/e): (..., e/2)"""
+    return position[..., None] * base ** (-torch.arange(0, e, 2, device=position.device) / e)
+
+
+def sincos(position, d):
+    """Fixed embedding [sin, cos] of a 1-D position tensor over frequencies 10000^(-2i/d): (n,) -> (n, d)."""
+    angle = position[:, None] * 10000 ** (-torch.arange(0, d, 2, device=position.device) / d)
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def sincos_2d(rows, cols, d):
+    """Embedding of a grid: first half of the channels for the column, second for the row: (rows*cols, d)."""
+    y = sincos(rows, d // 2)[:, None].expand(-1, len(cols), -1)
+    x = sincos(cols, d // 2)[None].expand(len(rows), -1, -1)
+    return torch.cat([x, y], -1).flatten(0, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; optionally RMS-normalised q and k, RoPE, a causal mask, a cached past."""
+
+    def __init__(self, d, heads, rope=False, causal=False):
+        super().__init__()
+        self.heads, self.rope, self.causal = heads, rope, causal
+        self.qkv = nn.Linear(d, 3 * d)
+        self.q_norm = nn.RMSNorm(d // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(d // heads, eps=1e-6)
+        self.proj = nn.Linear(d, d)
+
+    def forward(self, x, past=None, angle=None):
+        """x: (b, s, d); past: (k, v) of earlier positions, each (b, n, p, e). Returns (b, s, d) and all (k, v)."""
+        q, k, v = rearrange(self.qkv(x), "b s (three n e) -> three b n s e", three=3, n=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        start = 0 if past is None else past[0].shape[2]
+        if self.rope:
+            angle = rope_angles(torch.arange(start, start + q.shape[2], device=x.device), q.shape[-1])
+        if angle is not None:
+            q, k = rope(q, angle), rope(k, angle)
+        mask = None
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            if self.causal:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(start)
+        # on a CPU the fused kernel is slow for the few frames of a toy clip
+        plain = x.device.type == "cpu" and q.shape[2] * k.shape[2] <= 16
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, is_causal=self.causal and past is None)
+        return self.proj(rearrange(y, "b n s e -> b s (n e)")), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, d, ratio=4):
+        super().__init__()
+        self.fc1 = nn.Linear(d, ratio * d)
+        self.fc2 = nn.Linear(ratio * d, d)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block over tokens (b, t, s, d): spatial and/or causal temporal attention, then an MLP."""
+
+    def __init__(self, d, heads, spatial=True, temporal=True, ratio=4):
+        super().__init__()
+        self.spatial = Attention(d, heads) if spatial else None
+        self.temporal = Attention(d, heads, rope=True, causal=True) if temporal else None
+        self.mlp = MLP(d, ratio)
+        self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
+
+    def forward(self, x, angle=None):
+        b, t, s, d = x.shape
+        if self.spatial:
+            x = x + self.spatial(self.norms[0](x).view(b * t, s, d), angle=angle)[0].view(b, t, s, d)
+        if self.temporal:
+            y = rearrange(self.norms[1](x), "b t s d -> (b s) t d")
+            x = x + rearrange(self.temporal(y)[0], "(b s) t d -> b t s d", b=b)
+        return x + self.mlp(self.norms[2](x))
+
+
+def patchify(video, p):
+    """(b, c, t, h, w) -> (b, t, s, c*p*p)"""
+    return rearrange(video, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
+
+
+class IDM(nn.Module):
+    """ST-Transformer: k learned action queries join each frame's patches; what they hold at frame t+1 becomes z_t.
+
+    Temporal attention is causal, so z_t depends on frames 1..t+1 only. It uses relative positions: with absolute
+    ones the codes come to name the frame's index.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        n = cfg.size // cfg.patch
+        self.patch = nn.Linear((6 if cfg.difference else 3) * cfg.patch ** 2, cfg.width)
+        self.queries = nn.Parameter(torch.randn(cfg.tokens, cfg.width))
+        self.n = n
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.code_dim)
+
+    def angles(self, b, device):
+        e, k = self.cfg.width // self.cfg.heads, self.cfg.tokens
+        origin = torch.rand(b, 2, 1, device=device) * 1000 if self.training else torch.zeros(b, 2, 1, device=device)
+        at = origin + torch.arange(self.n, device=device)                       # (b, 2, n)
+        row, col = rope_angles(at, e // 4, 100).unbind(1)                        # (b, n, e/8)
+        grid = torch.cat([row[:, :, None].expand(-1, -1, self.n, -1), col[:, None].expand(-1, self.n, -1, -1)], -1).flatten(1, 2)
+        return F.pad(grid, (0, e // 4, k, 0))[:, None]                           # (b, 1, k + s, e/2)
+
+    def forward(self, video):
+        """video (b, 3, t, h, w) in [-1, 1] -> latent actions before quantization (b, t-1, k, d)"""
+        b, t, k = video.shape[0], video.shape[2], self.cfg.tokens
+        video = resize(video, self.cfg.size)
+        if self.cfg.difference:
+            before = torch.cat([video[:, :, :1], video[:, :, :-1]], 2)
+            video = torch.cat([video, video - before], 1)
+        x = self.patch(patchify(video, self.cfg.patch))                         # (b, t, s, width)
+        import os
+        if os.environ.get('POS','abs')!='rope':
+            c=torch.arange(self.n,device=x.device)
+            x = x + sincos_2d(c, c, self.cfg.width)
+        x = torch.cat([repeat(self.queries, "k d -> b t k d", b=b, t=t), x], 2)
+        angle = self.angles(b, x.device).repeat_interleave(t, 0) if os.environ.get('POS','abs')!='abs' else None
+        for block in self.blocks:
+            x = block(x, angle)
+        return self.out(self.norm(x[:, 1:, :k]))
+
+
+class FDM(nn.Module):
+    """Spatial Transformer from the patches of o_t and the k action tokens of z_t to the pixels of o_{t+1}."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        n = cfg.size // cfg.patch
+        self.patch = nn.Linear(3 * cfg.patch ** 2, cfg.width)
+        self.action = nn.Linear(cfg.code_dim, cfg.width)
+        self.slot = nn.Parameter(torch.randn(cfg.tokens, cfg.width))            # tells the k tokens apart
+        self.register_buffer("pos", sincos_2d(torch.arange(n), torch.arange(n), cfg.width), persistent=False)
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, temporal=False) for _ in range(cfg.fdm_depth))
+        self.norm = nn.LayerNorm(cfg.width)
+        self.out = nn.Linear(cfg.width, 3 * cfg.patch ** 2)
+
+    def forward(self, video, z):
+        """video (b, 3, t, h, w) and z (b, t, k, d) -> the frame after each (b, 3, t, h, w)"""
+        n = self.cfg.size // self.cfg.patch
+        x = self.patch(patchify(video, self.cfg.patch)) + self.pos              # (b, t, s, width)
+        x = torch.cat([self.action(z) + self.slot, x], 2)
+        for block in self.blocks:
+            x = block(x)
+        x = self.out(self.norm(x[:, :, self.cfg.tokens:]))
+        return rearrange(x, "b t (h w) (c p q) -> b c t (h p) (w q)", h=n, p=self.cfg.patch, q=self.cfg.patch)
+
+
+def resize(video, size):
+    """(b, c, t, h, w) -> (b, c, t, size, size), bilinear"""
+    if video.shape[-2:] == (size, size):
+        return video
+    frames = F.interpolate(rearrange(video, "b c t h w -> (b t) c h w"), (size, size), mode="bilinear", antialias=True)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
+
+
+class Standardize(nn.Module):
+    """Subtract the running mean and divide by the running standard deviation of each element, over all ranks.
+
+    A device that is not in the paper. No gradient flows through the statistics.
+    """
+
+    def __init__(self, *shape, momentum=0.05):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("moments", torch.zeros(2, *shape))                 # of z and z^2
+        self.register_buffer("weight", torch.zeros(()))                         # corrects the zero start
+
+    def forward(self, z):
+        """(b, t, *shape) -> the same shape"""
+        if self.training:
+            with torch.no_grad():
+                moments = torch.stack([z, z ** 2]).mean((1, 2))
+                if dist.is_initialized():
+                    dist.all_reduce(moments)
+                    moments /= dist.get_world_size()
+                self.moments.lerp_(moments, self.momentum)
+                self.weight.lerp_(torch.ones_like(self.weight), self.momentum)
+        mean, square = self.moments / self.weight.clamp(min=1e-6)
+        return (z - mean) / (square - mean ** 2).clamp(min=1e-6).sqrt()
+
+
+class LAM(nn.Module):
+    """Latent action model: IDM and quantizer, and for the two-stage baseline an FDM.
+
+    Raises:
+        ValueError: the frame size is not a multiple of the patch.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.size % cfg.patch:
+            raise ValueError(f"LAM: size {cfg.size} is not a multiple of its patch {cfg.patch}")
+        self.cfg = cfg
+        self.quantize = True                        # False: latent actions stay continuous
+        self.idm = IDM(cfg)
+        self.norm = Standardize(cfg.tokens, cfg.code_dim) if cfg.standardize else nn.Identity()
+        self.vq = VectorQuantizer(cfg.num_codes, cfg.code_dim)
+        self.fdm = FDM(cfg) if cfg.fdm_depth else None
+
+    def infer(self, video):
+        """Latent actions before quantization: video (b, 3, t, h, w) in [-1, 1] -> (b, t-1, k, d)"""
+        if self.cfg.pairs:
+            pairs = rearrange(video.unfold(2, 2, 1), "b c t h w two -> (b t) c two h w")
+            z = rearrange(self.idm(pairs), "(b t) 1 k d -> b t k d", b=len(video))
+        else:
+            z = self.idm(video)
+        return self.norm(z.float()) * self.cfg.latent_scale
+
+    def encode(self, video):
+        """Infer discrete latent actions.
+
+        Args:
+            video: (b, 3, t, h, w) floats in [-1, 1].
+
+        Returns:
+            z_q (b, t-1, k, d), where z_q[:, i] leads from frame i to i+1; indices (b, t-1, k) int64; the VQ loss.
+        """
+        z = self.infer(video)
+        z_q, indices, loss = self.vq(z)
+        return (z_q, indices, loss) if self.quantize else (z, indices, torch.zeros_like(loss))
+
+    def forward(self, video):
+        """Two-stage loss: teacher-forced pixel MSE of the FDM (equation 1, appendix B.3) plus the VQ losses.
+
+        Args:
+            video: (b, 3, t, h, w) floats in [-1, 1].
+
+        Returns:
+            loss, and a dict with `mse`, `vq` and `indices` (b, t-1, k).
+        """
+        z, indices, vq = self.encode(video)
+        video = resize(video, self.cfg.size)
+        mse = F.mse_loss(self.fdm(video[:, :, :-1], z), video[:, :, 1:])
+        return mse + vq, {"mse": mse.detach(), "vq": vq.detach(), "indices": indices}

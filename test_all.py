@@ -1,0 +1,471 @@
+"""Tests: python -m pytest -q test_all.py (tiny models, real behaviour; minutes on two cores)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+import toy
+from data import DataError, ToyClips, VideoClips, clips, loader, random_crop, to_video
+from dit import DiT, DiTConfig, KVCache
+from evaluate import nmi, predict, probe, psnr
+from flow import Draw, FlowConfig, World, load_world, sample, shift_time, time_ratio
+from lam import LAM, LAMConfig, Standardize
+from vae import PixelVAE
+from vq import VectorQuantizer, codebook_metrics
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SMALL = ["--hidden", "16", "--depth", "1", "--heads", "2", "--action_depth", "1", "--lam_width", "16", "--lam_depth", "1",
+         "--batch", "4", "--vq_start", "0", "--sampling_steps", "2", "--log_every", "2"]
+
+
+def small_world(seed=0, **lam):
+    """A World of a few thousand weights, none of them zero, on clips of 8 x 8 pixels."""
+    torch.manual_seed(seed)
+    lam = LAMConfig(**{**dict(size=8, patch=4, width=16, depth=2, heads=2, fdm_depth=1, num_codes=8, code_dim=4), **lam})
+    world = World(LAM(lam), DiT(DiTConfig(16, 2, 2, 3, 4, 3, 1, action_dim=8, action_depth=2)), PixelVAE(), FlowConfig("8"))
+    for p in world.parameters():
+        if p.dim() and not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return world.eval()
+
+
+def video(b=2, t=6, size=8, seed=0):
+    return torch.rand(b, 3, t, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def run(script, *args, cwd, ok=True, processes=1, timeout=300):
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(start + [os.path.join(HERE, script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+def complaint(done):
+    """The one line of a user's mistake."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("train.py: "), done.stderr
+    return lines[0]
+
+
+# quantizer ------------------------------------------------------------------------------------------------------------
+
+
+def test_quantizer_takes_the_nearest_code_and_passes_the_gradient_straight_through():
+    torch.manual_seed(0)
+    vq, z = VectorQuantizer(8, 4), torch.randn(5, 3, 2, 4, requires_grad=True)
+    z_q, indices, loss = vq(z)
+    assert z_q.shape == z.shape and indices.shape == (5, 3, 2) and loss.shape == ()
+    distance = (z[..., None, :] - vq.codebook).pow(2).sum(-1)
+    assert torch.equal(indices, distance.argmin(-1))
+    assert torch.allclose(z_q, vq.codebook[indices], atol=1e-6)
+    assert torch.allclose(loss, 2 * (z - vq.codebook[indices]).pow(2).mean())   # codebook + commitment, weight 1 each
+    g = torch.randn_like(z)
+    assert torch.equal(torch.autograd.grad((z_q * g).sum(), z)[0], g)
+
+
+def test_kmeans_finds_separate_clusters():
+    torch.manual_seed(0)
+    centres = torch.randn(8, 4) * 10
+    vq = VectorQuantizer(8, 4)
+    vq.fit(centres.repeat_interleave(50, 0) + 0.1 * torch.randn(400, 4))
+    assert torch.cdist(centres, vq.codebook).amin(1).max() < 0.2
+
+
+def test_codebook_metrics_known_answers():
+    assert codebook_metrics(torch.arange(8), 8) == pytest.approx({"utilization": 1, "max_usage": 1 / 8, "entropy": 1})
+    assert codebook_metrics(torch.zeros(9, dtype=int), 8) == pytest.approx({"utilization": 1 / 8, "max_usage": 1, "entropy": 0})
+
+
+# latent action model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_latent_action_depends_on_nothing_after_its_next_frame(pairs):
+    lam, x = small_world(pairs=pairs, difference=True, standardize=True).lam, video()
+    z, indices, _ = lam.encode(x)
+    assert z.shape == (2, 5, 2, 4) and indices.shape == (2, 5, 2)
+    z = lam.infer(x)
+    for j in range(1, 6):
+        y = x.clone()
+        y[:, :, j] = video(seed=1)[:, :, j]
+        changed = (lam.infer(y) != z).flatten(2).any(2).any(0)                  # (t-1,)
+        assert not changed[:j - 1].any() and changed[j - 1]
+        if pairs:
+            assert not changed[j + 1:].any()
+
+
+def test_fdm_loss_trains_every_weight_of_the_lam():
+    lam = small_world().lam.train()
+    loss, out = lam(video())
+    loss.backward()
+    assert out["indices"].shape == (2, 5, 2) and all(p.grad is not None for p in lam.parameters())
+
+
+def test_standardize_gives_zero_mean_and_unit_variance():
+    norm, z = Standardize(2, 4), torch.randn(4000, 2, 2, 4) * 3 + 5
+    for _ in range(100):
+        y = norm(z)
+    assert y.mean((0, 1)).abs().max() < 0.01 and (y.std((0, 1)) - 1).abs().max() < 0.01
+
+
+# world model ----------------------------------------------------------------------------------------------------------
+
+
+def test_dit_is_causal_in_frames_and_actions():
+    dit, x, t = small_world().dit, video(), torch.rand(2, 6)
+    a = torch.randn(2, 5, 8)
+    v = dit(x, t, a)
+    assert v.shape == x.shape
+    for j in range(6):
+        y = x.clone()
+        y[:, :, j] += 1
+        changed = (dit(y, t, a) != v).any(0).any(0).flatten(1).any(1)           # (l,)
+        assert not changed[:j].any() and changed[j:].all()
+    for j in range(5):
+        b = a.clone()
+        b[:, j] += 1
+        changed = (dit(x, t, b) != v).any(0).any(0).flatten(1).any(1)
+        assert not changed[:j + 1].any() and changed[j + 1]                     # action j first changes frame j+1
+
+
+def test_bidirectional_dit_is_not_causal():
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(16, 2, 1, 3, 4, 3, 1, causal=False, action_dim=0))
+    torch.nn.init.normal_(dit.final_layer.linear.weight)
+    x = video()
+    y = x.clone()
+    y[:, :, -1] += 1
+    assert (dit(x, torch.rand(2, 6)) != dit(y, torch.rand(2, 6)))[:, :, 0].any()
+
+
+@torch.no_grad()
+def test_cached_frames_give_the_same_velocity():
+    dit, x, a = small_world().dit, video(), torch.randn(2, 5, 8)
+    t = torch.tensor([0, 0, 0, 0.7, 0.7, 0.7]).expand(2, 6)
+    cache = KVCache()
+    dit(x[:, :, :2], t[:, :2], a[:, :1], cache=cache)
+    dit(x[:, :, 2:3], t[:, 2:3], a[:, :2], cache=cache)
+    cache.append = False
+    for _ in range(2):                                                          # reading twice changes nothing
+        assert torch.allclose(dit(x[:, :, 3:], t[:, 3:], a, cache=cache), dit(x, t, a)[:, :, 3:], atol=1e-5)
+
+
+def test_time_shift_is_open_soras():
+    assert time_ratio("auto", 512 ** 2, 4) == 2 and time_ratio("3", 1, 1) == 3 and time_ratio("none", 1, 1) == 1
+    assert shift_time(torch.tensor([0.0, 0.5, 1.0]), 3).tolist() == [0, 0.75, 1]
+
+
+@torch.no_grad()
+def test_sampler_on_an_exact_velocity_reaches_the_data():
+    class Exact(torch.nn.Module):       # all data is one point, so the velocity is known: (x_0 - x_t) / t
+        cfg = DiTConfig(pixel_stride=1)
+
+        def forward(self, x, t, actions, fps, cache):
+            return (self.data - x) / t.clamp(min=1e-9)[:, None, :, None, None]
+    exact, x = Exact(), video()
+    exact.data = video(seed=1)
+    x[:, :, :2] = exact.data[:, :, :2]
+    for shift in (False, 8.0):
+        y = sample(exact, x, context=2, steps=10, shift=shift)
+        assert torch.equal(y[:, :, :2], x[:, :, :2]) and torch.allclose(y, exact.data, atol=1e-5)
+
+
+@torch.no_grad()
+def test_guidance_one_is_the_plain_model_and_zero_is_the_null_action():
+    dit, x, a = small_world().dit, video(), torch.randn(2, 5, 8)
+    null = a.clone()
+    null[:, 1:] = 0                                                             # frames 2.. are noised
+    go = lambda a, g: sample(dit, x, 2, a, steps=3, guidance=g)
+    assert torch.allclose(go(a, 0.0), go(null, 1.0), atol=1e-5)
+    assert not torch.allclose(go(a, 4.0), go(a, 1.0), atol=1e-3)
+
+
+@torch.no_grad()
+def test_rollout_equals_sampling_each_frame_on_the_whole_past():
+    world, x = small_world(), video()
+    z = world.lam.encode(x)[0]
+    dream = world.rollout(x[:, :, :2], z, steps=3, guidance=2.0, draw=Draw(5))
+    assert dream.shape == x.shape and torch.equal(dream[:, :, :2], x[:, :, :2])
+    draw, past, a = Draw(5), x[:, :, :2], world.pack(z)
+    for j in range(2, 6):
+        now = torch.cat([past, draw(torch.randn, 2, 3, 1, 8, 8)], 2)
+        past = sample(world.dit, now, j, a[:, :j], 3, 2.0, world.cfg.time_shift)
+    assert torch.allclose(dream, past.clamp(-1, 1), atol=1e-4)
+    world.cfg.window = 2                                                        # a window sees only the last two frames
+    late = world.rollout(x[:, :, :4], z, steps=3, draw=Draw(5))
+    other = world.rollout(torch.cat([video(seed=3)[:, :, :2], x[:, :, 2:4]], 2), z, steps=3, draw=Draw(5))
+    assert torch.equal(late[:, :, 4:], other[:, :, 4:])
+
+
+def test_joint_loss_reaches_idm_codebook_actions_and_body():
+    world = small_world().train()
+    loss, out = world(video(), Draw(0))
+    loss.backward()
+    assert torch.allclose(loss, out["flow"] + out["vq"]) and out["clip_flow"].shape == (2,)
+    for part in (world.lam.idm, world.lam.vq, world.dit.action, world.dit.spatial_blocks):
+        assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0
+
+
+def test_fresh_actions_hardly_disturb_the_generator_yet_move_the_idm():
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(64, 4, 2, 3, 4, 3, 1, action_dim=8, action_depth=2))
+    torch.nn.init.normal_(dit.final_layer.linear.weight, std=0.1)
+    x, t, a = video(), torch.rand(2, 6), torch.randn(2, 5, 8, requires_grad=True)
+    plain, acted = dit(x, t), dit(x, t, a)
+    assert 0 < (acted - plain).std() / plain.std() < 0.1
+    acted.square().sum().backward()
+    assert a.grad.abs().sum() > 0
+
+
+def test_context_is_clean_and_carries_no_loss():
+    world = small_world()
+    seen = {}
+    world.dit.register_forward_pre_hook(lambda m, args: seen.update(x=args[0], t=args[1]))
+    x = video(64)
+    world(x, Draw(0))
+    clean = seen["t"] == 0                                                      # (b, l)
+    count = clean.sum(1)
+    assert clean[:, 0].all() and set(count.tolist()) == {1, 2, 3, 4, 5} and 0.4 < (count == 1).float().mean() < 0.8
+    assert torch.equal(seen["x"].transpose(1, 2)[clean], x.transpose(1, 2)[clean])
+
+
+def test_two_ranks_draw_what_one_draws():
+    whole = Draw(1, 2)(torch.randn, 4, 3)
+    parts = [Draw(1, 2, rank=r, ranks=2)(torch.randn, 2, 3) for r in range(2)]
+    assert torch.equal(whole, torch.cat(parts)) and not torch.equal(whole, Draw(1, 3)(torch.randn, 4, 3))
+
+
+def test_sizes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="not divisible by the patch"):
+        small_world().dit(video(size=10), torch.rand(2, 6))
+    with pytest.raises(ValueError, match="multiple of its patch"):
+        LAM(LAMConfig(size=10, patch=4))
+    with pytest.raises(ValueError, match="actions"):
+        small_world().dit(video(), torch.rand(2, 6), torch.zeros(2, 6, 8))
+
+
+# toy world and data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", toy.EMBODIMENTS)
+def test_toy_action_t_changes_frame_t_plus_one_first(name):
+    frames, actions, effects = toy.robot_clips(name, range(20), 0, 8, 20)
+    assert frames.shape == (20, 8, 20, 20, 3) and frames.dtype == np.uint8
+    assert actions.shape == (20, 7, toy.EMBODIMENTS[name].action_dim) and effects.shape == (20, 7)
+    moved = (frames[:, 1:] != frames[:, :-1]).any((2, 3, 4))
+    assert np.array_equal(moved, effects != 4)                                  # effect 4: nothing moved
+
+
+def test_toy_world_pushes_blocks_blocks_stop_at_walls_and_states_return():
+    world = toy.ToyWorld("slide", range(1), size=20)
+    world.set_state([[[1, 1], [2, 1], [0, 4]]])
+    assert world.step(np.array([[1.0, 0]])).tolist() == [[[2, 1], [3, 1], [0, 4]]]
+    state, picture = world.get_state(), world.render()
+    for _ in range(3):
+        world.step(np.array([[1.0, 0]]))
+    assert world.get_state()[0, 1].tolist() == [4, 1] and world.get_state()[0, 0].tolist() == [3, 1]    # 5 cells: 0..4
+    world.set_state(state)
+    assert np.array_equal(world.render(), picture)
+
+
+def test_toy_actions_ask_for_the_moves_they_were_made_for():
+    moves = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])
+    for name, body in toy.EMBODIMENTS.items():
+        world = toy.ToyWorld(name, range(9))
+        want = toy.MOVES[[0, 1, 2, 3, 4, 0, 1, 2, 3]] if body.matrix is None else moves
+        assert np.array_equal(world.move_of(world.action_for(want, np.random.rand(9, 2))), want)
+
+
+@pytest.mark.parametrize("task", toy.TASKS)
+def test_toy_tasks_start_unsolved_and_goals_are_solutions(task):
+    world, goal = toy.task_pairs(task, "held-out", size=20)
+    again = toy.task_pairs(task, "held-out", size=20)
+    assert not toy.success(task, world.get_state(), goal).any() and toy.success(task, goal, goal).all()
+    assert np.array_equal(again[1], goal) and np.array_equal(again[0].get_state(), world.get_state())
+
+
+def test_toy_clips_are_seeded_disjoint_and_mixed():
+    data = ToyClips("robots", 20, 4)
+    a, b = data[range(300)], data[[7]]
+    assert torch.equal(a["video"][7], b["video"][0])
+    share = torch.bincount(a["source"]) / 300
+    assert torch.allclose(share, torch.tensor([0.3, 0.2, 0.5]), atol=0.08)
+    assert not torch.equal(ToyClips("robots", 20, 4, split="heldout")[[7]]["video"], b["video"])
+    assert not torch.equal(ToyClips("robots", 20, 4, seed=1)[[7]]["video"], b["video"])
+
+
+def test_ranks_share_each_batch():
+    data = ToyClips("cross", 20, 2)
+    one = [b["video"] for b in loader(data, 8, 3, 5)]
+    two = [list(loader(data, 8, 3, 5, rank, 2)) for rank in range(2)]
+    assert len(one) == 2 and all(torch.equal(x, torch.cat([p["video"], q["video"]])) for x, p, q in zip(one, *two))
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A folder with an mp4, a webm and a gif of moving squares; the mp4 has actions."""
+    folder = tmp_path_factory.mktemp("films")
+    frames = toy.robot_clips("slide", range(1), 0, 20, 48)[0][0].repeat(2, 1)   # (20, 96, 48, 3)
+    imageio.imwrite(folder / "a.mp4", frames, plugin="pyav", codec="libx264", fps=12)
+    imageio.imwrite(folder / "b.webm", frames, plugin="pyav", codec="libvpx-vp9", fps=12)
+    imageio.imwrite(folder / "c.gif", frames, duration=80, loop=0)
+    imageio.imwrite(folder / "short.gif", frames[:3], duration=80, loop=0)
+    np.savez(folder / "a.npz", actions=np.arange(38.0).reshape(19, 2))
+    return folder
+
+
+def test_video_files_are_read_cropped_and_resized(films):
+    data = VideoClips(str(films), 20, 8)
+    assert len(data.episodes) == 3 and "3 frames" in (data.skipped + VideoClips(str(films), 20, 2, split="heldout").skipped + ["short.gif: 3 frames"])[0]
+    batch = data[range(5)]
+    assert batch["video"].shape == (5, 8, 20, 20, 3) and batch["fps"].max() == 12
+    whole = VideoClips(str(films / "a.mp4"), 48, 8)
+    truth = toy.robot_clips("slide", range(1), 0, 20, 48)[0][0].repeat(2, 1)[:, 24:72]
+    assert np.abs(whole.episodes[0][0].astype(int) - truth[:len(whole.episodes[0][0])]).mean() < 8
+
+
+def test_actions_stay_aligned_with_their_frames(tmp_path):
+    for name in "ab":                       # the brightness of frame t is 10 t, action t is t
+        shade = np.broadcast_to(np.arange(20)[:, None, None, None] * 10, (20, 32, 32, 3)).astype(np.uint8)
+        imageio.imwrite(tmp_path / f"{name}.mp4", shade, plugin="pyav", codec="libx264", fps=10)
+        np.savez(tmp_path / f"{name}.npz", actions=np.arange(19.0)[:, None])
+    batch = VideoClips(str(tmp_path), 32, 5)[range(20)]
+    assert torch.allclose(batch["video"][:, :-1].float().mean((2, 3, 4)) / 10, batch["actions"][..., 0], atol=0.4)
+
+
+def test_random_crop_is_one_window_a_clip():
+    x = video(4, 3, 16)[:, :, :1].expand(-1, -1, 3, -1, -1)
+    y = random_crop(x, 0.6, Draw(0))
+    assert y.shape == x.shape and torch.equal(y[:, :, 0], y[:, :, 2]) and not torch.allclose(x, y)
+    assert random_crop(x, 1.0, None) is x
+
+
+# measures -------------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_known_answers():
+    x = torch.zeros(2, 3, 4, 8, 8)
+    assert torch.allclose(psnr(x, x + 0.2), torch.full((2,), 20.0), atol=1e-4)  # 10 log10(4 / 0.04)
+    assert torch.equal(psnr(x, x), torch.full((2,), 60.0))
+
+
+def test_nmi_known_answers():
+    e = torch.randint(0, 5, (4000,), generator=torch.Generator().manual_seed(0))
+    assert nmi(3 * e + 1, e) == pytest.approx(1, abs=0.01)
+    assert nmi(torch.randint(0, 64, (4000,)), e) == pytest.approx(0, abs=0.02)
+    assert nmi((e > 0).long(), e) == pytest.approx(0.31, abs=0.02)              # moved or not: H(1/5) / log 5
+
+
+def test_probe_known_answers():
+    a = torch.randn(3000, 2, generator=torch.Generator().manual_seed(0))
+    good = probe(a @ torch.tensor([[1.0, 2], [0, 1]]), a, a[:500] @ torch.tensor([[1.0, 2], [0, 1]]), a[:500])
+    assert good["r2"] > 0.999 and good["l1"] < 0.02
+    noise = torch.randn(3000, 4)
+    bad = probe(noise, a, torch.randn(500, 4), a[:500])
+    assert abs(bad["r2"]) < 0.05 and bad["l1"] == pytest.approx(bad["l1_constant"], abs=0.03)
+
+
+def test_controllability_of_a_world_that_ignores_actions_is_zero():
+    world = small_world()
+    world.dit.action.forward = lambda a: torch.zeros(len(a), a.shape[1] + 1, 6, 16)
+    out, shown = predict(world, ToyClips("robots", 8, 4), 8, steps=2)
+    assert out["controllability"] == 0 and out["psnr"] == out["psnr_null"] and len(shown) == 3
+
+
+# the command line -----------------------------------------------------------------------------------------------------
+
+
+def result(folder, name):
+    rows = [json.loads(line) for line in open(os.path.join(folder, "out", name, "metrics.jsonl"))]
+    return rows, rows[-1]
+
+
+def test_joint_training_from_nothing(tmp_path):
+    done = run("train.py", "--name", "a", "--pretrain", 4, "--warmup", 4, "--e2e", 4, "--eval_every", 6, *SMALL, cwd=tmp_path)
+    rows, last = result(tmp_path, "a")
+    assert [r["phase"] for r in rows if r["event"] == "train"] == ["pretrain"] * 2 + ["warmup"] * 2 + ["e2e"] * 2
+    assert last["event"] == "result" and "result: " in done.stdout + done.stderr
+    for key in ("utilization", "entropy", "max_usage", "psnr", "psnr_shuffled", "psnr_null", "psnr_copy", "probe_r2", "probe_l1", "nmi"):
+        assert isinstance(last[key], float), key
+    assert json.load(open(tmp_path / "out/a/config.json"))["warmup"] == 4
+    assert imageio.imread(tmp_path / "out/a/samples/000012.gif").shape[0] == 8
+    # the run's world is what was saved
+    world = load_world(str(tmp_path / "out/a"))
+    assert world.rollout(torch.zeros(1, 3, 1, 20, 20), torch.zeros(1, 3, 2, world.lam.cfg.code_dim)).shape == (1, 3, 4, 20, 20)
+    # its generator starts another run, which moves the first one aside
+    run("train.py", "--name", "a", "--dit_weights", "out/a", "--warmup", 0, "--e2e", 2, *SMALL, cwd=tmp_path)
+    assert (tmp_path / "out/a.1/ckpt.pt").exists() and result(tmp_path, "a")[0][0]["phase"] == "e2e"
+
+
+def test_warmup_leaves_the_body_bit_equal_and_e2e_trains_all(tmp_path):
+    states = {}
+    for name, steps in {"none": (2, 0, 1), "warm": (2, 4, 0), "both": (2, 4, 4)}.items():
+        mode = ["--mode", "pretrain"] if name == "none" else []
+        run("train.py", "--name", name, *mode, "--pretrain", steps[0], "--warmup", steps[1], "--e2e", steps[2], *SMALL, cwd=tmp_path)
+        states[name] = load_world(str(tmp_path / "out" / name)).state_dict()
+    body = [k for k in states["warm"] if k.startswith("dit.") and ".action." not in k]
+    rest = [k for k in states["warm"] if k not in body and "norm" not in k]
+    same = lambda a, b, keys: [k for k in keys if torch.equal(states[a][k], states[b][k])]
+    assert len(body) > 20 and same("none", "warm", body) == body and same("none", "warm", rest) == []
+    assert same("warm", "both", [k for k in body + rest if "scale_shift" not in k]) == []
+
+
+def test_ddp_on_two_processes(tmp_path):
+    args = ["--mode", "joint", "--pretrain", 2, "--warmup", 4, "--e2e", 4, "--vq_start", 3, "--standardize", 1]
+    small = [s for s in SMALL]
+    del small[small.index("--vq_start"):small.index("--vq_start") + 2]
+    run("train.py", "--name", "two", *args, *small, cwd=tmp_path, processes=2)
+    run("train.py", "--name", "one", *args, *small, cwd=tmp_path)
+    one, two = (load_world(str(tmp_path / "out" / n)).state_dict() for n in ("one", "two"))
+    for k in one:                           # the global batch is honoured: two halves equal one whole
+        assert torch.allclose(one[k], two[k], atol=2e-3), k
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--data", "/no/such/path"], "no such file"),
+    (["--data", "NOTVIDEO"], "not a video"),
+    (["--data", "SHORT", "--frames", "8"], "no clip of 8 frames"),
+    (["--data", "EMPTY"], "no video in this folder"),
+    (["--no_such_flag", "1"], "unrecognized arguments"),
+    (["--preset", "huge"], "choose from tiny"),
+    (["--mode", "magic"], "choose from joint"),
+    (["--size", "18"], "multiple"),
+    (["--warmup", "-1"], "at least 0"),
+    (["--batch", "many"], "not a number"),
+    (["--pretrain", "0", "--warmup", "0", "--e2e", "0"], "nothing to train"),
+    (["--dit_weights", "/no/such/run"], "no checkpoint"),
+])
+def test_bad_input_gets_one_line(args, words, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"this is no video")
+    (tmp_path / "empty").mkdir()
+    imageio.imwrite(tmp_path / "short.gif", np.zeros((3, 32, 32, 3), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None] * 80)
+    names = {"NOTVIDEO": tmp_path / "bad.mp4", "SHORT": tmp_path / "short.gif", "EMPTY": tmp_path / "empty"}
+    done = run("train.py", *[names.get(a, a) for a in args], cwd=tmp_path, ok=False)
+    assert words in complaint(done) and not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), "--name", "a", "--pretrain", "100000", "--ckpt_every", "5", *SMALL],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kept = tmp_path / "out/a/ckpt.pt"
+    while not kept.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in err and f"{os.path.join('out', 'a')}/ckpt.pt" in err.splitlines()[-1]
+    load_world(str(kept))
+
+
+def test_real_video_trains_and_says_what_it_cannot_measure(films, tmp_path):
+    run("train.py", "--name", "v", "--data", films, "--frames", 4, "--eval_frames", 4, "--pretrain", 2, "--warmup", 2, "--e2e", 2, *SMALL, cwd=tmp_path)
+    last = result(tmp_path, "v")[1]
+    assert last["nmi"] is None and last["probe_r2"] is None and last["psnr"] > 0
