@@ -82,14 +82,15 @@ class VideoClips(Dataset):
         self.episodes, self.skipped = [], []
         for file in tqdm(files, "reading video", disable=len(files) < 20, leave=False):
             video, fps = self.read(file)
-            if len(files) == 1 and path == file:
-                cut = len(video) - max(frames, len(video) // 10)
-                video = video if cut < frames else video[:cut] if split == "train" else video[cut:]
+            side = os.path.splitext(file)[0] + ".npz"
+            actions = np.load(side)["actions"].astype(np.float32) if os.path.exists(side) else None
+            cut = len(video) - max(frames, len(video) // 10)
+            if path == file and cut >= frames:
+                keep = slice(0, cut) if split == "train" else slice(cut, None)
+                video, actions = video[keep], None if actions is None else actions[keep]
             if len(video) < frames:
                 self.skipped.append(f"{file}: {len(video)} frames, a clip needs {frames}")
                 continue
-            side = os.path.splitext(file)[0] + ".npz"
-            actions = np.load(side)["actions"].astype(np.float32) if os.path.exists(side) and len(files) > 1 else None
             self.episodes.append((video, fps, actions))
         if not self.episodes:
             raise DataError(f"--data {path}: no clip of {frames} frames ({self.skipped[0]})")

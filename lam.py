@@ -33,21 +33,20 @@ class LAMConfig:
     code_dim: int = 32
     tokens: int = 2             # k, codes a transition
     pairs: bool = False         # (ours) the IDM sees only o_t and o_{t+1}, not the frames before
+    roam: bool = False          # (ours) the IDM's position embedding starts at a random origin in training
     difference: bool = False    # (ours) the IDM also sees each frame minus the one before
     standardize: bool = False   # (ours) normalise the IDM's output over the batch before quantizing
     latent_scale: float = 1.0   # (ours) scale of what is quantized: sets what the VQ losses' weight of 1 means
 
 
-def rope(x, angle):
-    """Rotary position embedding (Su et al. 2021): rotate interleaved pairs of x (..., s, e) by angle (..., s, e/2)."""
+def rope(x, start=0):
+    """Rotary position embedding, interleaved pairs, base 10000 (Su et al. 2021): x (b, n, t, e), first position start."""
+    t, e = x.shape[-2:]
+    angle = torch.arange(start, start + t, device=x.device)[:, None] * 10000 ** (
+        -torch.arange(0, e, 2, device=x.device) / e)                                  # (t, e/2)
     cos, sin = angle.cos(), angle.sin()
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
-
-
-def rope_angles(position, e, base=10000):
-    """Angles of positions (...) over e/2 frequencies base^(-2i/e): (..., e/2)"""
-    return position[..., None] * base ** (-torch.arange(0, e, 2, device=position.device) / e)
 
 
 def sincos(position, d):
@@ -74,15 +73,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(d // heads, eps=1e-6)
         self.proj = nn.Linear(d, d)
 
-    def forward(self, x, past=None, angle=None):
+    def forward(self, x, past=None):
         """x: (b, s, d); past: (k, v) of earlier positions, each (b, n, p, e). Returns (b, s, d) and all (k, v)."""
         q, k, v = rearrange(self.qkv(x), "b s (three n e) -> three b n s e", three=3, n=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         start = 0 if past is None else past[0].shape[2]
         if self.rope:
-            angle = rope_angles(torch.arange(start, start + q.shape[2], device=x.device), q.shape[-1])
-        if angle is not None:
-            q, k = rope(q, angle), rope(k, angle)
+            q, k = rope(q, start), rope(k, start)
         mask = None
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -110,19 +107,21 @@ class Block(nn.Module):
 
     def __init__(self, d, heads, spatial=True, temporal=True, ratio=4):
         super().__init__()
-        self.spatial = Attention(d, heads) if spatial else None
-        self.temporal = Attention(d, heads, rope=True, causal=True) if temporal else None
-        self.mlp = MLP(d, ratio)
-        self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
+        if spatial:
+            self.spatial_norm, self.spatial = nn.LayerNorm(d), Attention(d, heads)
+        if temporal:
+            self.temporal_norm, self.temporal = nn.LayerNorm(d), Attention(d, heads, rope=True, causal=True)
+        self.mlp_norm, self.mlp = nn.LayerNorm(d), MLP(d, ratio)
+        self.has_spatial, self.has_temporal = spatial, temporal
 
-    def forward(self, x, angle=None):
+    def forward(self, x):
         b, t, s, d = x.shape
-        if self.spatial:
-            x = x + self.spatial(self.norms[0](x).view(b * t, s, d), angle=angle)[0].view(b, t, s, d)
-        if self.temporal:
-            y = rearrange(self.norms[1](x), "b t s d -> (b s) t d")
+        if self.has_spatial:
+            x = x + self.spatial(self.spatial_norm(x).view(b * t, s, d))[0].view(b, t, s, d)
+        if self.has_temporal:
+            y = rearrange(self.temporal_norm(x), "b t s d -> (b s) t d")
             x = x + rearrange(self.temporal(y)[0], "(b s) t d -> b t s d", b=b)
-        return x + self.mlp(self.norms[2](x))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 def patchify(video, p):
@@ -143,18 +142,18 @@ class IDM(nn.Module):
         n = cfg.size // cfg.patch
         self.patch = nn.Linear((6 if cfg.difference else 3) * cfg.patch ** 2, cfg.width)
         self.queries = nn.Parameter(torch.randn(cfg.tokens, cfg.width))
-        self.n = n
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width)
         self.out = nn.Linear(cfg.width, cfg.code_dim)
 
-    def angles(self, b, device):
-        e, k = self.cfg.width // self.cfg.heads, self.cfg.tokens
-        origin = torch.rand(b, 2, 1, device=device) * 1000 if self.training else torch.zeros(b, 2, 1, device=device)
-        at = origin + torch.arange(self.n, device=device)                       # (b, 2, n)
-        row, col = rope_angles(at, e // 4, 100).unbind(1)                        # (b, n, e/8)
-        grid = torch.cat([row[:, :, None].expand(-1, -1, self.n, -1), col[:, None].expand(-1, self.n, -1, -1)], -1).flatten(1, 2)
-        return F.pad(grid, (0, e // 4, k, 0))[:, None]                           # (b, 1, k + s, e/2)
+    def position(self, b, device):
+        """Smooth position embedding of the patch grid, from an origin that is random for each clip in training, so that
+        differences of positions are known and positions are not: (b, 1, s, width)"""
+        n = self.cfg.size // self.cfg.patch
+        origin = torch.rand(b, 2, 1, device=device) if self.training and self.cfg.roam else torch.full((b, 2, 1), 0.5, device=device)
+        rows, cols = (origin + torch.arange(n, device=device) / n).unbind(1)    # (b, n), from 0 to 2
+        y, x = (sincos(p.flatten(), self.cfg.width // 2).view(b, n, -1) for p in (rows, cols))
+        return torch.cat([x[:, None].expand(-1, n, -1, -1), y[:, :, None].expand(-1, -1, n, -1)], -1).flatten(1, 2)[:, None]
 
     def forward(self, video):
         """video (b, 3, t, h, w) in [-1, 1] -> latent actions before quantization (b, t-1, k, d)"""
@@ -163,15 +162,10 @@ class IDM(nn.Module):
         if self.cfg.difference:
             before = torch.cat([video[:, :, :1], video[:, :, :-1]], 2)
             video = torch.cat([video, video - before], 1)
-        x = self.patch(patchify(video, self.cfg.patch))                         # (b, t, s, width)
-        import os
-        if os.environ.get('POS','abs')!='rope':
-            c=torch.arange(self.n,device=x.device)
-            x = x + sincos_2d(c, c, self.cfg.width)
+        x = self.patch(patchify(video, self.cfg.patch)) + self.position(b, video.device)       # (b, t, s, width)
         x = torch.cat([repeat(self.queries, "k d -> b t k d", b=b, t=t), x], 2)
-        angle = self.angles(b, x.device).repeat_interleave(t, 0) if os.environ.get('POS','abs')!='abs' else None
         for block in self.blocks:
-            x = block(x, angle)
+            x = block(x)
         return self.out(self.norm(x[:, 1:, :k]))
 
 
@@ -273,7 +267,10 @@ class LAM(nn.Module):
         """
         z = self.infer(video)
         z_q, indices, loss = self.vq(z)
-        return (z_q, indices, loss) if self.quantize else (z, indices, torch.zeros_like(loss))
+        if self.quantize:
+            return z_q, indices, loss
+        noise = 0.5 * torch.randn_like(z) if self.training else 0
+        return z + self.cfg.latent_scale * noise, indices, torch.zeros_like(loss)
 
     def forward(self, video):
         """Two-stage loss: teacher-forced pixel MSE of the FDM (equation 1, appendix B.3) plus the VQ losses.

@@ -327,7 +327,7 @@ def test_video_files_are_read_cropped_and_resized(films):
     data = VideoClips(str(films), 20, 8)
     assert len(data.episodes) == 3 and "3 frames" in (data.skipped + VideoClips(str(films), 20, 2, split="heldout").skipped + ["short.gif: 3 frames"])[0]
     batch = data[range(5)]
-    assert batch["video"].shape == (5, 8, 20, 20, 3) and batch["fps"].max() == 12
+    assert batch["video"].shape == (5, 8, 20, 20, 3) and set(batch["fps"].tolist()) == {12, 12.5}
     whole = VideoClips(str(films / "a.mp4"), 48, 8)
     truth = toy.robot_clips("slide", range(1), 0, 20, 48)[0][0].repeat(2, 1)[:, 24:72]
     assert np.abs(whole.episodes[0][0].astype(int) - truth[:len(whole.episodes[0][0])]).mean() < 8

@@ -1,6 +1,6 @@
 """The toy world: robots that move on a table and push blocks, simulated in numpy, many worlds at once.
 
-Robot and blocks fill one cell each of a lattice of 6 x 6 (or 8 x 8) cells; a step moves the robot by at most one cell
+Robot and blocks fill one cell each of a lattice of 5 x 5 cells (8 x 8 in frames of 32 pixels and more); a step moves the robot by at most one cell
 along each axis. Robots ("embodiments") differ in looks and in action space. `web` clips, for pre-training a
 generator without actions, show drifting and bouncing sprites on varied backgrounds and no robot. All of it is ours:
 the paper's data are real videos (appendix A).
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def cells_of(size):
-    """Cells along a side of a frame of `size` pixels: 6 where that divides it, else 8."""
+    """Cells along a side of a frame of `size` pixels: of 4 pixels each in small frames, else 8 cells."""
     return size // 4 if size < 32 else 8
 
 
@@ -30,13 +30,13 @@ class Embodiment:
 
 MOVES = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])                    # stay, right, left, down, up
 EMBODIMENTS = {
-    "cross": Embodiment("square", (230, 60, 50), (205, 195, 180)),              # 5 discrete actions, one-hot
-    "slide": Embodiment("disc", (40, 90, 230), (200, 180, 190), ((1, 0), (0, 1))),
-    "tank": Embodiment("diamond", (250, 220, 40), (110, 110, 130), ((.7, .7), (-.7, .7))),
-    "held-out": Embodiment("ring", (190, 60, 200), (160, 175, 200), ((0, -1), (1, 0))),
+    "cross": Embodiment("square", (255, 80, 60), (45, 45, 65)),                 # 5 discrete actions, one-hot
+    "slide": Embodiment("disc", (255, 150, 60), (70, 55, 45), ((1, 0), (0, 1))),
+    "tank": Embodiment("diamond", (255, 90, 150), (35, 65, 75), ((.7, .7), (-.7, .7))),
+    "held-out": Embodiment("ring", (255, 120, 110), (65, 55, 80), ((0, -1), (1, 0))),
 }
 MIXTURE = {"cross": 0.3, "slide": 0.2, "tank": 0.5}     # the paper's 30 % OXE, 20 % AgiBot, 50 % human video
-BLOCKS = np.array([(20, 120, 50), (60, 160, 70), (20, 90, 60)])                # shades of green
+BLOCKS = np.array([(60, 200, 80), (90, 220, 130), (40, 170, 60)])               # shades of green
 
 
 class Rolls:
@@ -145,41 +145,41 @@ class ToyWorld:
         return self.action_for(np.where(u[:, 6:7] < 0.3, wander, move), self.rolls(2))
 
 
-TASKS = {"reach": 1.5, "push": 1.5}                     # cells from the goal that count as success
+TASKS = {"reach": 0, "push": 1}                         # which sprite must get to its goal: the robot, or block 0
 
 
-def task_pairs(task, embodiment, n=30, seed=1000, size=32):
-    """Fixed start and goal states of a task.
+def task_pairs(task, embodiment, n=30, seed=1000, size=20):
+    """Fixed pairs of start and goal.
 
     Returns:
-        the world at its starts, and goal states (n, 1 + blocks, 2): `reach` moves the robot at least 3 cells, `push`
-        moves block 0 by 2 cells with the robot behind it.
+        the world at its n starts, and goal states (n, 1 + blocks, 2): for `reach` the robot is at least 3 steps along the axes away, for
+        `push` block 0 is 2 cells along an axis, with the robot behind it.
     """
-    world = ToyWorld(embodiment, range(n), seed + sorted(TASKS).index(task), size)
+    rng = np.random.default_rng((seed, TASKS[task]))
+    world = ToyWorld(embodiment, range(n), seed, size)
     start, goal = world.get_state(), world.get_state()
-    rng = np.random.default_rng(seed)
     for i in range(n):
-        while True:
-            new = start[i].copy()
+        valid = False
+        while not valid:
+            start[i] = rng.integers(0, world.cells, start[i].shape)
+            goal[i], push = start[i], MOVES[rng.integers(1, 5)]
             if task == "reach":
-                new[0] = rng.integers(0, LAST + 1, 2)
-                far = np.abs(new[0] - start[i, 0]).max() >= 3
+                goal[i, 0] = rng.integers(0, world.cells, 2)
+                valid = np.abs(goal[i, 0] - start[i, 0]).sum() >= 3
             else:
-                push = MOVES[rng.integers(1, 5)]
-                new[1] += 2 * push
-                new[0] = new[1] - 2 * push
-                far = True
-            gaps = np.abs(new[:, None] - new[None]).max(-1) + 2 * np.eye(len(new))
-            if far and (new >= 0).all() and (new <= LAST).all() and (gaps >= 2).all():
-                break
-        goal[i] = new
+                goal[i, 1] += 2 * push
+                goal[i, 0] = goal[i, 1] - push
+                behind = start[i, 1] - push                                     # where the robot has to get first
+                valid = (behind >= 0).all() and (behind < world.cells).all()
+            valid &= (goal[i] >= 0).all() and (goal[i] < world.cells).all()
+            valid &= all(len(np.unique(state, axis=0)) == len(state) for state in (start[i], goal[i]))
+    world.set_state(start)
     return world, goal
 
 
 def success(task, state, goal):
-    """Success test: the robot (reach) or block 0 (push) is within TASKS[task] cells of its goal: (n,) bool"""
-    what = {"reach": 0, "push": 1}[task]
-    return np.linalg.norm(state[:, what] - goal[:, what], axis=-1) < TASKS[task]
+    """Success test: the robot (reach) or block 0 (push) is in its goal's cell: (n,) bool"""
+    return (state[:, TASKS[task]] == goal[:, TASKS[task]]).all(-1)
 
 
 def robot_clips(embodiment, indices, seed, frames, size):

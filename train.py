@@ -76,6 +76,7 @@ class Config:
     tokens: int = setting(2, "codes a transition")
     latent_scale: float = setting(0.1, "(ours) scale of the latent actions: what the VQ losses' weight of 1 means")
     pairs: bool = setting(True, "(ours) the IDM sees only the two frames of a transition")
+    roam: bool = setting(True, "(ours) the IDM knows positions only up to a random origin: z can name moves, not places")
     difference: bool = setting(True, "(ours) the IDM also sees frame differences")
     standardize: bool = setting(True, "(ours) normalise the IDM's output before quantizing")
     vq_start: int = setting(400, "(ours) steps of warm-up and e2e with continuous latent actions; then k-means sets the codebook")
@@ -159,7 +160,7 @@ def parse(argv):
 def build(cfg):
     """World with fresh weights, but for the generator's where --dit_weights names some."""
     lam = LAMConfig(cfg.lam_size, cfg.lam_patch, cfg.lam_width, cfg.lam_depth, cfg.lam_heads, 0, cfg.num_codes, cfg.code_dim,
-                    cfg.tokens, cfg.pairs, cfg.difference, cfg.standardize, cfg.latent_scale)
+                    cfg.tokens, cfg.pairs, cfg.roam, cfg.difference, cfg.standardize, cfg.latent_scale)
     vae = PixelVAE()
     dit = DiTConfig(cfg.hidden, cfg.heads, cfg.depth, vae.channels, cfg.patch, vae.channels, vae.pixel_stride,
                     action_dim=vae.time_stride * cfg.tokens * cfg.code_dim, action_depth=cfg.action_depth,
