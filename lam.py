@@ -33,8 +33,8 @@ class LAMConfig:
     code_dim: int = 32
     tokens: int = 2             # k, codes a transition
     pairs: bool = False         # (ours) the IDM sees only o_t and o_{t+1}, not the frames before
-    roam: bool = False          # (ours) the IDM's position embedding starts at a random origin in training
-    difference: bool = False    # (ours) the IDM also sees each frame minus the one before
+    odd: bool = False           # (ours) with pairs: z(o, o') = f(o, o') - f(o', o), so that undoing a move is its opposite
+    difference: bool = False    # (ours) the IDM sees each frame minus the one before
     standardize: bool = False   # (ours) normalise the IDM's output over the batch before quantizing
     latent_scale: float = 1.0   # (ours) scale of what is quantized: sets what the VQ losses' weight of 1 means
 
@@ -140,20 +140,14 @@ class IDM(nn.Module):
         super().__init__()
         self.cfg = cfg
         n = cfg.size // cfg.patch
-        self.patch = nn.Linear((6 if cfg.difference else 3) * cfg.patch ** 2, cfg.width)
+        self.patch = nn.Linear(3 * cfg.patch ** 2, cfg.width)
         self.queries = nn.Parameter(torch.randn(cfg.tokens, cfg.width))
+        # smooth over the frame, so that the difference of two places is nearly linear in it
+        place = 0.5 + torch.arange(n) / n
+        self.register_buffer("pos", sincos_2d(place, place, cfg.width), persistent=False)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width)
         self.out = nn.Linear(cfg.width, cfg.code_dim)
-
-    def position(self, b, device):
-        """Smooth position embedding of the patch grid, from an origin that is random for each clip in training, so that
-        differences of positions are known and positions are not: (b, 1, s, width)"""
-        n = self.cfg.size // self.cfg.patch
-        origin = torch.rand(b, 2, 1, device=device) if self.training and self.cfg.roam else torch.full((b, 2, 1), 0.5, device=device)
-        rows, cols = (origin + torch.arange(n, device=device) / n).unbind(1)    # (b, n), from 0 to 2
-        y, x = (sincos(p.flatten(), self.cfg.width // 2).view(b, n, -1) for p in (rows, cols))
-        return torch.cat([x[:, None].expand(-1, n, -1, -1), y[:, :, None].expand(-1, -1, n, -1)], -1).flatten(1, 2)[:, None]
 
     def forward(self, video):
         """video (b, 3, t, h, w) in [-1, 1] -> latent actions before quantization (b, t-1, k, d)"""
@@ -161,8 +155,8 @@ class IDM(nn.Module):
         video = resize(video, self.cfg.size)
         if self.cfg.difference:
             before = torch.cat([video[:, :, :1], video[:, :, :-1]], 2)
-            video = torch.cat([video, video - before], 1)
-        x = self.patch(patchify(video, self.cfg.patch)) + self.position(b, video.device)       # (b, t, s, width)
+            video = video - before
+        x = self.patch(patchify(video, self.cfg.patch)) + self.pos              # (b, t, s, width)
         x = torch.cat([repeat(self.queries, "k d -> b t k d", b=b, t=t), x], 2)
         for block in self.blocks:
             x = block(x)
@@ -251,7 +245,10 @@ class LAM(nn.Module):
         """Latent actions before quantization: video (b, 3, t, h, w) in [-1, 1] -> (b, t-1, k, d)"""
         if self.cfg.pairs:
             pairs = rearrange(video.unfold(2, 2, 1), "b c t h w two -> (b t) c two h w")
-            z = rearrange(self.idm(pairs), "(b t) 1 k d -> b t k d", b=len(video))
+            z = self.idm(pairs)
+            if self.cfg.odd:
+                z = z - self.idm(pairs.flip(2))
+            z = rearrange(z, "(b t) 1 k d -> b t k d", b=len(video))
         else:
             z = self.idm(video)
         return self.norm(z.float()) * self.cfg.latent_scale

@@ -1,9 +1,9 @@
 """The toy world: robots that move on a table and push blocks, simulated in numpy, many worlds at once.
 
-Robot and blocks fill one cell each of a lattice of 5 x 5 cells (8 x 8 in frames of 32 pixels and more); a step moves the robot by at most one cell
-along each axis. Robots ("embodiments") differ in looks and in action space. `web` clips, for pre-training a
-generator without actions, show drifting and bouncing sprites on varied backgrounds and no robot. All of it is ours:
-the paper's data are real videos (appendix A).
+Robot and blocks fill one cell each of a lattice (cells of 4 pixels in small frames, 8 x 8 cells in larger ones); a step
+moves the robot by at most one cell along one axis. Robots ("embodiments") differ in looks and in action space. `web`
+clips, for pre-training a generator without actions, show drifting and bouncing sprites on varied backgrounds and no
+robot. All of it is ours: the paper's data are real videos (appendix A).
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Embodiment:
     look: str                   # shape of the robot
     color: tuple                # of the robot, RGB
     table: tuple                # of the background, RGB
-    matrix: tuple = None        # continuous actions a in [-1, 1]: move = round(1.5 * matrix @ a); None: discrete actions
+    matrix: tuple = None        # continuous actions a in [-1, 1] drive the robot by matrix @ a; None: discrete actions
 
     @property
     def action_dim(self):
@@ -95,16 +95,18 @@ class ToyWorld:
         self.position = np.array(state)
 
     def move_of(self, action):
-        """What an action (n, action_dim) asks for: a move (n, 2) in {-1, 0, 1}"""
+        """The move (n, 2) that an action (n, action_dim) asks for: a cell along the axis that is driven most, or none"""
         if self.body.matrix is None:
             return MOVES[np.argmax(action, -1)]
-        return np.clip(np.rint(1.5 * np.clip(action, -1, 1) @ np.array(self.body.matrix).T), -1, 1).astype(int)
+        drive = np.clip(action, -1, 1) @ np.array(self.body.matrix).T
+        strongest = np.abs(drive) == np.abs(drive).max(1, keepdims=True)
+        return (np.sign(drive) * (strongest & (np.abs(drive) > 1 / 3))).astype(int)
 
     def action_for(self, move, u):
-        """A noisy action that makes the move (n, 2): u (n, 2) uniform; discrete bodies move along one axis."""
+        """A noisy action that makes the move (n, 2): u (n, 2) uniform."""
         if self.body.matrix is None:
-            return np.eye(len(MOVES))[(np.abs(MOVES - move[:, None]).sum(-1) + 0.0).argmin(1)]
-        drive = np.where(move == 0, 0.5 * (u - 0.5), move * (0.55 + 0.45 * u))  # round(1.5 drive) = move
+            return np.eye(len(MOVES))[np.abs(MOVES - move[:, None]).sum(-1).argmin(1)]
+        drive = np.where(move == 0, 0.5 * (u - 0.5), move * (0.5 + 0.5 * u))
         return np.clip(drive @ np.linalg.inv(np.array(self.body.matrix)).T, -1, 1)
 
     def step(self, action):
@@ -137,12 +139,11 @@ class ToyWorld:
         arrived = (goal == self.position[:, 0]).all(1) | (u[:, 0] < 0.2)
         goal[arrived] = np.floor(u[arrived, 1:3] * self.cells).astype(int)
         move = np.sign(goal - self.position[:, 0])
-        if self.body.matrix is None:                                            # one axis at a time
-            axis = (u[:, 3] < 0.5).astype(int)
-            axis = np.where(move[np.arange(self.n), axis] == 0, 1 - axis, axis)
-            move[np.arange(self.n), 1 - axis] = 0
-        wander = np.floor(u[:, 4:6] * 3).astype(int) - 1                        # any of nine moves
-        return self.action_for(np.where(u[:, 6:7] < 0.3, wander, move), self.rolls(2))
+        axis = (u[:, 3] < 0.5).astype(int)                                      # one axis at a time
+        axis = np.where(move[np.arange(self.n), axis] == 0, 1 - axis, axis)
+        move[np.arange(self.n), 1 - axis] = 0
+        wander = MOVES[np.floor(u[:, 4] * len(MOVES)).astype(int)]
+        return self.action_for(np.where(u[:, 5:6] < 0.3, wander, move), self.rolls(2))
 
 
 TASKS = {"reach": 0, "push": 1}                         # which sprite must get to its goal: the robot, or block 0

@@ -45,14 +45,14 @@ class Config:
     mode: str = setting("joint", "joint: the generator is the forward model; pretrain: the generator alone, without actions")
     data: str = setting("toy", "toy, or a video file, or a folder of video files")
     seed: int = setting(0, "seed of weights, data order and noise")
-    pretrain: int = setting(600, "steps without actions, on web clips for the toy world; 0 or --dit_weights: none")
-    warmup: int = setting(200, "steps with the generator frozen")
-    e2e: int = setting(1200, "steps end to end")
+    pretrain: int = setting(300, "steps without actions, on web clips for the toy world; 0 or --dit_weights: none")
+    warmup: int = setting(100, "steps with the generator frozen")
+    e2e: int = setting(3000, "steps end to end")
     dit_weights: str = setting("none", "run folder or checkpoint whose generator (not its action modules) to start from")
-    batch: int = setting(32, "clips a step, over all ranks")
+    batch: int = setting(16, "clips a step, over all ranks")
     frames: int = setting(2, "frames a training clip, T; dreams see the last T-1")
     eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first")
-    size: int = setting(20, "pixels of a square frame")
+    size: int = setting(16, "pixels of a square frame")
     crop: float = setting(1.0, "smallest side of the random crop, as a share of the frame; 1: none")
     lr: float = setting(2e-3, "learning rate (AdamW)")
     lr_warmup: int = setting(50, "steps of linear learning-rate warm-up")
@@ -60,13 +60,13 @@ class Config:
     lam_lr: float = setting(0.1, "(ours) learning rate of IDM and codebook, as a share of --lr")
     clip: float = setting(1.0, "largest norm of the gradient")
     log_every: int = setting(50, "steps between log lines")
-    eval_every: int = setting(500, "steps between evaluations on held-out clips")
+    eval_every: int = setting(1000, "steps between evaluations on held-out clips")
     ckpt_every: int = setting(500, "steps between checkpoints")
     device: str = setting("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps")
     compile: bool = setting(False, "torch.compile the DiT")
     dry_run: bool = setting(False, "check everything, print what would train, and stop")
     # latent action model
-    lam_size: int = setting(20, "pixels of the IDM's square frame")
+    lam_size: int = setting(16, "pixels of the IDM's square frame")
     lam_patch: int = setting(4, "the IDM's patch")
     lam_width: int = setting(64, "the IDM's width")
     lam_depth: int = setting(2, "the IDM's blocks")
@@ -74,20 +74,20 @@ class Config:
     num_codes: int = setting(8, "codes in the codebook")
     code_dim: int = setting(16, "width of a code")
     tokens: int = setting(2, "codes a transition")
-    latent_scale: float = setting(0.1, "(ours) scale of the latent actions: what the VQ losses' weight of 1 means")
+    latent_scale: float = setting(0.03, "(ours) scale of the latent actions: what the VQ losses' weight of 1 means")
     pairs: bool = setting(True, "(ours) the IDM sees only the two frames of a transition")
-    roam: bool = setting(True, "(ours) the IDM knows positions only up to a random origin: z can name moves, not places")
-    difference: bool = setting(True, "(ours) the IDM also sees frame differences")
+    odd: bool = setting(True, "(ours) latent actions are odd in time: the reversed pair has the opposite one")
+    difference: bool = setting(False, "(ours) the IDM sees frame differences instead of frames")
     standardize: bool = setting(True, "(ours) normalise the IDM's output before quantizing")
-    vq_start: int = setting(400, "(ours) steps of warm-up and e2e with continuous latent actions; then k-means sets the codebook")
+    vq_start: int = setting(1200, "(ours) steps of warm-up and e2e with continuous latent actions; then k-means sets the codebook")
     # world model
     hidden: int = setting(128, "the DiT's width")
     depth: int = setting(2, "the DiT's pairs of a spatial and a temporal block")
-    heads: int = setting(4, "the DiT's attention heads")
+    heads: int = setting(8, "the DiT's attention heads")
     patch: int = setting(4, "the DiT's patch")
     action_depth: int = setting(2, "causal blocks over the action sequence")
-    action_std: float = setting(0.05, "standard deviation of the action MLP's last layer at the start")
-    time_shift: str = setting("20", "flow-time shift: auto (Open-Sora's formula), none, or a number r")
+    action_std: float = setting(0.2, "standard deviation of the action MLP's last layer at the start")
+    time_shift: str = setting("40", "flow-time shift: auto (Open-Sora's formula), none, or a number r")
     sampling_steps: int = setting(10, "Euler steps of the sampler")
     guidance: float = setting(1.0, "scale of action guidance; 1: none")
 
@@ -160,7 +160,7 @@ def parse(argv):
 def build(cfg):
     """World with fresh weights, but for the generator's where --dit_weights names some."""
     lam = LAMConfig(cfg.lam_size, cfg.lam_patch, cfg.lam_width, cfg.lam_depth, cfg.lam_heads, 0, cfg.num_codes, cfg.code_dim,
-                    cfg.tokens, cfg.pairs, cfg.roam, cfg.difference, cfg.standardize, cfg.latent_scale)
+                    cfg.tokens, cfg.pairs, cfg.odd, cfg.difference, cfg.standardize, cfg.latent_scale)
     vae = PixelVAE()
     dit = DiTConfig(cfg.hidden, cfg.heads, cfg.depth, vae.channels, cfg.patch, vae.channels, vae.pixel_stride,
                     action_dim=vae.time_stride * cfg.tokens * cfg.code_dim, action_depth=cfg.action_depth,
@@ -297,7 +297,7 @@ def main(argv):
                     group["lr"] = lr * (cfg.lam_lr if name == "lam" else 1)
                 if phase["actions"] and at <= cfg.vq_start:
                     world.lam.quantize = at == cfg.vq_start
-                    if at == cfg.vq_start > 0:
+                    if at == cfg.vq_start:
                         fit_codebook(world, data[phase["data"]])
 
                 draw = Draw(cfg.seed, step, device=device, rank=rank, ranks=ranks)
