@@ -124,7 +124,7 @@ class World(nn.Module):
         # infer and quantize
         actions, indices, vq = None, None, video.new_zeros(())
         if use_actions:
-            z, indices, vq = self.lam.encode(video)
+            z, indices, vq = self.lam.encode(video, draw)
             actions = self.pack(z)                                              # (b, l-1, r*k*d)
             keep = draw(torch.rand, len(video), actions.shape[1], 1) >= self.cfg.action_drop
             keep &= draw(torch.rand, len(video), 1, 1) >= self.cfg.clip_drop

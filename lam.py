@@ -227,13 +227,15 @@ class LAM(nn.Module):
     """Latent action model: IDM and quantizer, and for the two-stage baseline an FDM.
 
     Raises:
-        ValueError: the frame size is not a multiple of the patch.
+        ValueError: the frame size is not a multiple of the patch, or `odd` without `pairs`.
     """
 
     def __init__(self, cfg):
         super().__init__()
         if cfg.size % cfg.patch:
             raise ValueError(f"LAM: size {cfg.size} is not a multiple of its patch {cfg.patch}")
+        if cfg.odd and not cfg.pairs:
+            raise ValueError("LAM: latent actions that are odd in time need --pairs 1")
         self.cfg = cfg
         self.quantize = True                        # False: latent actions stay continuous
         self.idm = IDM(cfg)
@@ -253,11 +255,12 @@ class LAM(nn.Module):
             z = self.idm(video)
         return self.norm(z.float()) * self.cfg.latent_scale
 
-    def encode(self, video):
-        """Infer discrete latent actions.
+    def encode(self, video, draw=None):
+        """Infer discrete latent actions; continuous ones with noise (in training) while `quantize` is off.
 
         Args:
             video: (b, 3, t, h, w) floats in [-1, 1].
+            draw: source of the noise (flow.Draw); None: unseeded.
 
         Returns:
             z_q (b, t-1, k, d), where z_q[:, i] leads from frame i to i+1; indices (b, t-1, k) int64; the VQ loss.
@@ -266,8 +269,10 @@ class LAM(nn.Module):
         z_q, indices, loss = self.vq(z)
         if self.quantize:
             return z_q, indices, loss
-        noise = 0.5 * torch.randn_like(z) if self.training else 0
-        return z + self.cfg.latent_scale * noise, indices, torch.zeros_like(loss)
+        if self.training:       # a soft bottleneck: what z is to tell must stand out from noise of half its scale
+            noise = draw(torch.randn, *z.shape) if draw else torch.randn_like(z)
+            z = z + 0.5 * self.cfg.latent_scale * noise
+        return z, indices, torch.zeros_like(loss)
 
     def forward(self, video):
         """Two-stage loss: teacher-forced pixel MSE of the FDM (equation 1, appendix B.3) plus the VQ losses.

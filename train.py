@@ -94,9 +94,10 @@ class Config:
 
 PRESETS = {
     "tiny": {},                 # the defaults above
-    "small": dict(size=64, frames=16, eval_frames=16, pairs=False, batch=64, hidden=384, depth=8, heads=6, action_depth=6, time_shift="50", crop=0.8,
+    # not yet trained: no GPU was at hand
+    "small": dict(size=64, frames=16, eval_frames=16, batch=64, hidden=384, depth=8, heads=6, action_depth=6, time_shift="100", crop=0.8,
                   lam_size=64, lam_patch=8, lam_width=384, lam_depth=6, lam_heads=6, num_codes=32, code_dim=32,
-                  pretrain=20000, warmup=8000, e2e=22000, vq_start=4000, lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
+                  pretrain=20000, warmup=8000, e2e=22000, vq_start=10000, lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
 }
 
 
@@ -324,7 +325,7 @@ def main(argv):
                     checkpoint()
                     saved = step
                 bar.update()
-        if master and cfg.mode != "pretrain":
+        if master:
             evaluate("result", phase)
     except KeyboardInterrupt:
         kept = f"the last checkpoint, of step {saved}, is {out}/ckpt.pt" if saved else "no checkpoint was written yet"
