@@ -62,7 +62,7 @@ class VideoClips(Dataset):
     """Clips from a video file, or all those in a folder and its subfolders, decoded once and kept in memory.
 
     Frames are cropped to the centre square and resized. A NAME.npz with `actions` (t-1, a) beside NAME.mp4 is read
-    too. The last tenth of the files, at least one, is held out; of a single file, its last tenth (at least one clip).
+    too. The last tenth of the files, at least one, is held out; of a single file, its second half.
 
     Raises:
         DataError: nothing there, no video, or no clip long enough.
@@ -75,8 +75,8 @@ class VideoClips(Dataset):
             f for f in glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True) if f.lower().endswith(VIDEO_ENDINGS))
         if not files:
             raise DataError(f"--data {path}: no video in this folder ({' '.join(VIDEO_ENDINGS)})")
-        held = max(1, len(files) // 10)
-        if len(files) > 1:
+        single, held = len(files) == 1, max(1, len(files) // 10)
+        if not single:
             files = files[:-held] if split == "train" else files[-held:]
         self.size, self.frames, self.seed = size, frames, (seed, split == "heldout")
         self.episodes, self.skipped = [], []
@@ -84,10 +84,9 @@ class VideoClips(Dataset):
             video, fps = self.read(file)
             side = os.path.splitext(file)[0] + ".npz"
             actions = np.load(side)["actions"].astype(np.float32) if os.path.exists(side) else None
-            cut = len(video) - max(frames, len(video) // 10)
-            if path == file and cut >= frames:
-                keep = slice(0, cut) if split == "train" else slice(cut, None)
-                video, actions = video[keep], None if actions is None else actions[keep]
+            if single:
+                half = slice(0, len(video) // 2) if split == "train" else slice(len(video) // 2, None)
+                video, actions = video[half], None if actions is None else actions[half]
             if len(video) < frames:
                 self.skipped.append(f"{file}: {len(video)} frames, a clip needs {frames}")
                 continue

@@ -5,9 +5,8 @@ Paper: section 4.1 (metrics), appendix C.1 (protocols).
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data import ToyClips, to_video
+from data import to_video
 from flow import Draw
 from vq import codebook_metrics
 

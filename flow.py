@@ -199,4 +199,5 @@ def load_world(path, device="cpu"):
     state = torch.load(path, map_location=device, weights_only=True)
     world = build_world(state["world"]).to(device)
     world.load_state_dict(state["model"])
+    world.lam.quantize = state["quantize"]
     return world.eval()

@@ -132,8 +132,7 @@ def patchify(video, p):
 class IDM(nn.Module):
     """ST-Transformer: k learned action queries join each frame's patches; what they hold at frame t+1 becomes z_t.
 
-    Temporal attention is causal, so z_t depends on frames 1..t+1 only. It uses relative positions: with absolute
-    ones the codes come to name the frame's index.
+    Temporal attention is causal, so z_t depends on frames 1..t+1 only; its positions are relative.
     """
 
     def __init__(self, cfg):
@@ -272,7 +271,7 @@ class LAM(nn.Module):
         if self.training:       # a soft bottleneck: what z is to tell must stand out from noise of half its scale
             noise = draw(torch.randn, *z.shape) if draw else torch.randn_like(z)
             z = z + 0.5 * self.cfg.latent_scale * noise
-        return z, indices, torch.zeros_like(loss)
+        return z, indices, 0 * loss                 # not a constant: under DDP every parameter must take part
 
     def forward(self, video):
         """Two-stage loss: teacher-forced pixel MSE of the FDM (equation 1, appendix B.3) plus the VQ losses.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import toy
-from data import DataError, ToyClips, VideoClips, clips, loader, random_crop, to_video
+from data import ToyClips, VideoClips, loader, random_crop
 from dit import DiT, DiTConfig, KVCache
 from evaluate import nmi, predict, probe, psnr
 from flow import Draw, FlowConfig, World, load_world, sample, shift_time, time_ratio

@@ -204,7 +204,6 @@ def robot_clips(embodiment, indices, seed, frames, size):
 def web_clips(indices, seed, frames, size, sprites=3):
     """Sprites that drift, turn and bounce over varied backgrounds; nobody acts: video (n, t, size, size, 3) uint8"""
     rolls = Rolls(seed, indices)
-    n = len(indices)
     yy, xx = np.mgrid[:size, :size] / size
     tilt = rolls(2)[..., None, None] * 2 - 1
     wave = tilt[:, 0] * xx + tilt[:, 1] * yy                                    # (n, h, w)

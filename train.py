@@ -16,7 +16,6 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 
 import imageio.v3 as imageio
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -134,7 +133,8 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
         switch = {"nargs": "?", "const": "1"} if f.type is bool else {}
-        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=f"{f.metadata['help']} (tiny: {f.default})", **switch)
+        text = f"{f.metadata['help']} (tiny: {f.default})"
+        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=text, **switch)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     for f in fields(Config):
         if f.name in given:
@@ -186,9 +186,10 @@ def save(path, **state):
     os.replace(path + ".part", path)
 
 
-def save_gif(path, videos, fps=4, scale=4, rows=4):
+def save_gif(path, videos, fps=4, rows=4):
     """Videos [(n, 3, t, h, w) in [-1, 1], ...] side by side, one clip a row, as a GIF."""
-    grid = torch.cat([torch.cat(list(F.pad(v[:rows], (2, 2, 2, 2), value=1.0)), 2) for v in videos], 3)  # (3, t, rows*h, n*w)
+    grid = torch.cat([torch.cat(list(F.pad(v[:rows], (1, 1, 1, 1), value=1.0)), 2) for v in videos], 3)  # (3, t, rows*h, n*w)
+    scale = max(1, 128 // videos[0].shape[-1])
     frames = ((grid + 1) * 127.5).round().byte().permute(1, 2, 3, 0).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     imageio.imwrite(path, frames.numpy(), duration=1000 / fps, loop=0)
 
@@ -259,7 +260,8 @@ def main(argv):
 
     def checkpoint():
         if master:
-            save(os.path.join(out, "ckpt.pt"), world=world.config(), model=world.state_dict(), step=step, config=asdict(cfg))
+            save(os.path.join(out, "ckpt.pt"), world=world.config(), model=world.state_dict(), quantize=world.lam.quantize,
+                 step=step, config=asdict(cfg))
 
     def evaluate(event, phase, **size):
         world.eval()
@@ -313,7 +315,8 @@ def main(argv):
 
                 recent = recent[-49:] + [{"flow": found["flow"], "vq": found["vq"], "norm": norm, "indices": found["indices"]}]
                 if step % cfg.log_every == 0 or step == end:
-                    numbers = {k: torch.stack([r[k].float() for r in recent[-cfg.log_every:]]).mean().item() for k in ("flow", "vq", "norm")}
+                    mean = lambda k: torch.stack([r[k] for r in recent[-cfg.log_every:]]).mean().item()
+                    numbers = {k: mean(k) for k in ("flow", "vq", "norm")}
                     if phase["actions"]:
                         numbers |= codebook_metrics(gather(torch.stack([r["indices"] for r in recent])), cfg.num_codes)
                     record("train", phase=phase["name"], step=step, **numbers, lr=lr, seconds=round(time.time() - began, 1))
