@@ -92,7 +92,7 @@ class VideoClips(Dataset):
                 continue
             self.episodes.append((video, fps, actions))
         if not self.episodes:
-            raise DataError(f"--data {path}: no clip of {frames} frames ({self.skipped[0]})")
+            raise DataError(f"--data {path}: no clip of {frames} frames in the {split} files ({self.skipped[0]})")
         self.starts = np.cumsum([len(v) - frames + 1 for v, _, _ in self.episodes])
 
     def read(self, file):

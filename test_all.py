@@ -323,16 +323,17 @@ def films(tmp_path_factory):
     imageio.imwrite(folder / "a.mp4", frames, plugin="pyav", codec="libx264", fps=12)
     imageio.imwrite(folder / "b.webm", frames, plugin="pyav", codec="libvpx-vp9", fps=12)
     imageio.imwrite(folder / "c.gif", frames, duration=80, loop=0)
-    imageio.imwrite(folder / "short.gif", frames[:3], duration=80, loop=0)
+    imageio.imwrite(folder / "a-short.gif", frames[:3], duration=80, loop=0)
     np.savez(folder / "a.npz", actions=np.arange(38.0).reshape(19, 2))
     return folder
 
 
 def test_video_files_are_read_cropped_and_resized(films):
     data = VideoClips(str(films), 20, 8)
-    assert len(data.episodes) == 3 and "3 frames" in (data.skipped + VideoClips(str(films), 20, 2, split="heldout").skipped + ["short.gif: 3 frames"])[0]
+    assert len(data.episodes) == 2 and len(data.skipped) == 1 and "a-short.gif: 3 frames" in data.skipped[0]
+    assert len(VideoClips(str(films), 20, 8, split="heldout").episodes) == 1
     batch = data[range(5)]
-    assert batch["video"].shape == (5, 8, 20, 20, 3) and set(batch["fps"].tolist()) == {12, 12.5}
+    assert batch["video"].shape == (5, 8, 20, 20, 3) and batch["fps"].min() == 12
     whole = VideoClips(str(films / "a.mp4"), 48, 8)
     truth = toy.robot_clips("slide", range(1), 0, 20, 48)[0][0].repeat(2, 1)[:, 24:72]
     assert np.abs(whole.episodes[0][0].astype(int) - truth[:len(whole.episodes[0][0])]).mean() < 8
