@@ -137,8 +137,8 @@ def loader(dataset, batch, start, stop, rank=0, ranks=1):
     """One batch a step for steps start..stop-1: this rank's share of the step's global batch."""
     local = batch // ranks
     numbers = [range(step * batch + rank * local, step * batch + (rank + 1) * local) for step in range(start, stop)]
-    return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=1, prefetch_factor=4,
-                      pin_memory=torch.cuda.is_available())
+    cuda = torch.cuda.is_available()        # toy clips cost a few per cent of a step on a CPU, where workers would take its cores
+    return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=4 if cuda else 0, pin_memory=cuda)
 
 
 def to_video(frames, device="cpu"):
