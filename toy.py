@@ -42,7 +42,7 @@ BLOCKS = np.array([(60, 200, 80), (90, 220, 130), (40, 170, 60)])               
 class Rolls:
     """Uniform numbers of many seeded worlds, handed out in order: row i depends on (seed, indices[i]) alone."""
 
-    def __init__(self, seed, indices, n=512):
+    def __init__(self, seed, indices, n=2048):
         self.u = np.stack([np.random.default_rng((seed, int(i))).random(n) for i in indices])
         self.at = 0
 
