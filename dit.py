@@ -7,13 +7,15 @@ Module names are those of the released weights.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 
 from lam import MLP, Attention, Block, sincos_2d
+from vae import fill, open_weights
 
 
 @dataclass
@@ -30,6 +32,8 @@ class DiTConfig:
     action_depth: int = 6       # causal blocks over the action sequence
     action_scale: float = 1.0   # (ours) standard deviation to expect of the actions
     action_std: float = 0.01    # (ours) of the action MLP's last layer: almost undisturbed, yet gradient flows
+    mlp_ratio: float = 4
+    input_sq_size: int = 512    # side in pixels at which a token is one unit of the position grid
 
 
 class KVCache:
@@ -61,7 +65,7 @@ class DiTBlock(nn.Module):
         d = cfg.hidden
         self.temporal = temporal
         self.attn = Attention(d, cfg.heads, rope=temporal, causal=temporal and cfg.causal)
-        self.mlp = MLP(d)
+        self.mlp = MLP(d, cfg.mlp_ratio)
         self.norm1 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(6, d) / d ** 0.5)
@@ -91,10 +95,17 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, cfg.hidden) / cfg.hidden ** 0.5)
         self.linear = nn.Linear(cfg.hidden, cfg.patch ** 2 * cfg.out_channels)
 
-    def forward(self, x, time):
-        """x (b, l, s, d), time (b, l, d) -> (b, l, s, patch pixels)"""
-        shift, scale = (self.scale_shift_table + time[:, :, None]).unsqueeze(3).unbind(2)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+    def modulate(self, x, time):
+        shift, scale = (self.scale_shift_table + time[:, :, None]).unsqueeze(3).unbind(2)       # each (b, l, 1, d)
+        return torch.addcmul(shift, self.norm_final(x), 1 + scale)
+
+    def forward(self, x, time, t):
+        """x (b, l, s, d), time (b, l, d), t (b, l) -> (b, l, s, patch pixels)"""
+        # Open-Sora modulates context frames with the clip's time and then again with theirs; nobody uses what they predict
+        clip = time.gather(1, t.argmax(1)[:, None, None].expand(-1, 1, time.shape[-1]))         # (b, 1, d)
+        context = (t == 0) & (t > 0).any(1, keepdim=True)
+        x = torch.where(context[..., None, None], self.modulate(x, clip), x)
+        return self.linear(self.modulate(x, time))
 
 
 class ActionModules(nn.Module):
@@ -126,8 +137,10 @@ class ActionModules(nn.Module):
 class DiT(nn.Module):
     """Predicts the velocity x_0 - noise of each latent frame from noised and clean frames.
 
+    Latents that the patch does not divide are padded with zeros at the right and at the bottom.
+
     Raises:
-        ValueError: latents that the patch does not divide, or actions of another shape.
+        ValueError: actions of another shape.
     """
 
     def __init__(self, cfg):
@@ -150,10 +163,9 @@ class DiT(nn.Module):
         """Parameters of the pre-trained generator: all but the action modules."""
         return [p for name, p in self.named_parameters() if not name.startswith("action.")]
 
-    def position(self, rows, cols, device):
-        """Open-Sora's position embedding of the token grid: (rows*cols, d)"""
-        pixels = self.cfg.patch * self.cfg.pixel_stride
-        scale = math.sqrt(rows * pixels * cols * pixels) / 512
+    def position(self, rows, cols, h, w, device):
+        """Open-Sora's position embedding of the token grid of (h, w) latents: (rows*cols, d)"""
+        scale = math.sqrt(h * w) * self.cfg.pixel_stride / self.cfg.input_sq_size
         base = round(math.sqrt(rows * cols))
         y, x = (torch.arange(n, device=device) / scale * base / n for n in (rows, cols))
         return sincos_2d(y, x, self.cfg.hidden)
@@ -173,12 +185,11 @@ class DiT(nn.Module):
         """
         cfg, (b, c, l, h, w) = self.cfg, x.shape
         start = cache.frames if cache else 0
-        if h % cfg.patch or w % cfg.patch:
-            raise ValueError(f"DiT: latents of {h}x{w} are not divisible by the patch {cfg.patch}")
-        rows, cols = h // cfg.patch, w // cfg.patch
+        rows, cols = -(-h // cfg.patch), -(-w // cfg.patch)
         fps = torch.full((b,), 24.0, device=x.device) if fps is None else fps
-        x = rearrange(self.x_embedder["proj"](x), "b d l h w -> b l (h w) d")
-        x = x + self.position(rows, cols, x.device).to(x.dtype)
+        x = self.x_embedder["proj"](F.pad(x, (0, -w % cfg.patch, 0, -h % cfg.patch)))
+        x = rearrange(x, "b d l h w -> b l (h w) d")
+        x = x + self.position(rows, cols, h, w, x.device).to(x.dtype)
         time = self.t_embedder(1000 * t) + self.fps_embedder(fps)[:, None]      # (b, l, d)
         mod = self.t_block(time).unflatten(-1, (6, -1))                         # (b, l, 6, d)
         if actions is not None:
@@ -192,5 +203,39 @@ class DiT(nn.Module):
                 cache.past[i] = kv
         if cache and cache.append:
             cache.frames += l
-        x = self.final_layer(x, time)
-        return rearrange(x, "b l (h w) (p q c) -> b c l (h p) (w q)", h=rows, p=cfg.patch, q=cfg.patch)[:, :c]
+        x = self.final_layer(x, time, t)
+        return rearrange(x, "b l (h w) (p q c) -> b c l (h p) (w q)", h=rows, p=cfg.patch, q=cfg.patch)[:, :c, :, :h, :w]
+
+
+def load_opensora(path, causal=True, **overrides):
+    """Open-Sora v1.2's STDiT3 with its text path left out and fresh action modules.
+
+    Every tensor is taken over but those of `cross_attn`, `y_embedder` and `rope.freqs`, which RoPE computes itself.
+
+    Args:
+        path: the released folder (config.json, model.safetensors), or a .safetensors, .pt or .pth file of its tensors.
+        causal: mask temporal attention (the paper); False is Open-Sora itself.
+        overrides: fields of DiTConfig that are not those of the checkpoint, such as action_dim.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: a file that cannot be read, or a tensor that is missing, unexpected or of another shape.
+    """
+    config, read = open_weights(path)
+    shape = {k: v.shape for k, v in read().items()}
+    try:
+        hidden, channels, _, patch, _ = shape["x_embedder.proj.weight"]
+        sizes = dict(hidden=hidden, channels=channels, patch=patch, heads=hidden // shape["spatial_blocks.0.attn.q_norm.weight"][0],
+                     depth=len({k.split(".")[1] for k in shape if k.startswith("spatial_blocks.")}),
+                     mlp_ratio=shape["spatial_blocks.0.mlp.fc1.weight"][0] / hidden,
+                     out_channels=shape["final_layer.linear.weight"][0] // patch ** 2)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not an STDiT3 ({error})") from None
+    cfg = DiTConfig(**{**sizes, "input_sq_size": config.get("input_sq_size", 512), "causal": causal, **overrides})
+    with torch.device("meta"):
+        dit = DiT(replace(cfg, action_dim=0))
+    loaded, skipped = fill(dit, read, path, ("cross_attn.", "y_embedder.", "rope.freqs"))
+    dit.cfg, dit.action = cfg, ActionModules(cfg) if cfg.action_dim else None
+    new = sum(p.numel() for p in dit.parameters()) - loaded
+    print(f"{path}: {loaded / 1e6:.2f} M parameters loaded, {skipped / 1e6:.2f} M of the text path skipped, {new / 1e6:.2f} M new")
+    return dit

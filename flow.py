@@ -14,7 +14,7 @@ from einops import rearrange
 
 from dit import DiT, DiTConfig, KVCache
 from lam import LAM, LAMConfig
-from vae import PixelVAE
+from vae import PixelVAE, load_opensora_vae
 
 
 @dataclass
@@ -97,18 +97,26 @@ class World(nn.Module):
         want = vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim
         if dit.cfg.action_dim != want:
             raise ValueError(f"World: the DiT takes actions of {dit.cfg.action_dim} dims, the LAM gives {want} a latent frame")
+        if (dit.cfg.channels, dit.cfg.pixel_stride) != (vae.channels, vae.pixel_stride):
+            raise ValueError(f"World: the DiT takes latents of {dit.cfg.channels} channels and {dit.cfg.pixel_stride} pixels, "
+                             f"the VAE makes {vae.channels} of {vae.pixel_stride}")
 
     def config(self):
-        return {"lam": asdict(self.lam.cfg), "dit": asdict(self.dit.cfg), "flow": asdict(self.cfg)}
+        return {"lam": asdict(self.lam.cfg), "dit": asdict(self.dit.cfg), "flow": asdict(self.cfg), "vae": self.vae.source}
+
+    def check_frames(self, t):
+        """A latent frame but the first must stand for r = time_stride frames, whose actions lead to it; else ValueError."""
+        r, fits = self.vae.time_stride, lambda t: self.vae.latent_frames(t) == 1 + (t - 1) / r
+        if not fits(t):
+            valid = [str(n) for n in range(1 + r, 100, r) if fits(n)]
+            raise ValueError(f"clips of {t} frames: this VAE needs {', '.join(valid)}")
 
     def pack(self, z):
         """Latent actions (b, t-1, k, d) -> what leads to each latent frame (b, l-1, r*k*d)"""
-        r = self.vae.time_stride
-        if z.shape[1] % r:
-            raise ValueError(f"clips of {z.shape[1] + 1} frames: the VAE needs 1 + {r}(L-1), e.g. {1 + r}, {1 + 2 * r}, {1 + 4 * r}")
-        return rearrange(z, "b (l r) k d -> b l (r k d)", r=r)
+        self.check_frames(z.shape[1] + 1)
+        return rearrange(z, "b (l r) k d -> b l (r k d)", r=self.vae.time_stride)
 
-    def forward(self, video, draw=None, fps=None, use_actions=True):
+    def forward(self, video, draw=None, fps=None, use_actions=True, latents=None):
         """Flow-matching loss (section 3.3) plus the VQ losses, both with weight 1.
 
         Args:
@@ -116,6 +124,7 @@ class World(nn.Module):
             draw: source of randomness; None: unseeded.
             fps: (b,) frames a second, or None.
             use_actions: False for pre-training without action modules.
+            latents: what the VAE makes of the video, where it is known.
 
         Returns:
             loss, and a dict: `flow` and `vq` (scalars), `indices` (b, t-1, k), and for each clip `clip_t`, `clip_flow` (b,).
@@ -130,7 +139,7 @@ class World(nn.Module):
             keep &= draw(torch.rand, len(video), 1, 1) >= self.cfg.clip_drop
             actions = actions * keep
         # noise all frames but the context: 1 clean frame with probability 1/2, else 1 .. l-1
-        x0 = self.vae.encode(video)                                             # (b, c, l, h, w)
+        x0 = self.vae.encode(video) if latents is None else latents             # (b, c, l, h, w)
         b, c, l, h, w = x0.shape
         r = time_ratio(self.cfg.time_shift, h * w * self.vae.pixel_stride ** 2, l)
         t = shift_time(draw(torch.randn, b).sigmoid(), r)                       # (b,)
@@ -179,25 +188,43 @@ class World(nn.Module):
             x = sample(self.dit, draw(torch.randn, b, c, 1, h, w), 0, actions[:, first:j], steps, guidance,
                        self.cfg.time_shift, fps, cache)
             latents = torch.cat([latents, x], 2)
-        return self.vae.decode(latents, 1 + actions.shape[1] * self.vae.time_stride)
+        return self.vae.decode(latents, 1 + actions.shape[1] * self.vae.time_stride).clamp(-1, 1)
 
 
-def build_world(config):
-    """World with fresh weights from World.config()'s dict."""
-    return World(LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"])), PixelVAE(), FlowConfig(**config["flow"]))
+def build_world(config, vae_weights=None):
+    """World with fresh weights from World.config()'s dict; vae_weights: where Open-Sora's VAE lies now, if it has moved."""
+    vae = PixelVAE() if config["vae"] == "none" else load_opensora_vae(vae_weights or config["vae"])
+    return World(LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"])), vae, FlowConfig(**config["flow"]))
 
 
-def load_world(path, device="cpu"):
-    """Trained World, in eval mode, from a run's folder or a checkpoint file.
+def load_checkpoint(path):
+    """What `train.py` saved, from a run's folder or a checkpoint file, on the CPU.
 
     Raises:
         FileNotFoundError: nothing at `path`.
+        ValueError: not a checkpoint of ours.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
-    state = torch.load(path, map_location=device, weights_only=True)
-    world = build_world(state["world"]).to(device)
-    world.load_state_dict(state["model"])
+    try:
+        state = torch.load(path, "cpu", mmap=True, weights_only=True)
+        state["world"], state["lam"], state["dit"]
+    except Exception as error:                                  # whatever a broken file makes the reader raise
+        raise ValueError(f"{path}: not a checkpoint of train.py ({str(error).splitlines()[0]})") from None
+    return state
+
+
+def load_world(path, device="cpu", vae_weights=None):
+    """Trained World, in eval mode, from a run's folder or a checkpoint file.
+
+    Raises:
+        FileNotFoundError: nothing at `path`, or the VAE's weights are gone.
+        ValueError: not a checkpoint of ours.
+    """
+    state = load_checkpoint(path)
+    world = build_world(state["world"], vae_weights).to(device)
+    world.lam.load_state_dict(state["lam"])
+    world.dit.load_state_dict(state["dit"])
     world.lam.quantize = state["quantize"]
     return world.eval()

@@ -95,8 +95,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, d, ratio=4):
         super().__init__()
-        self.fc1 = nn.Linear(d, ratio * d)
-        self.fc2 = nn.Linear(ratio * d, d)
+        self.fc1 = nn.Linear(d, int(ratio * d))
+        self.fc2 = nn.Linear(int(ratio * d), d)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

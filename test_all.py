@@ -11,17 +11,19 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import toy
 from data import ToyClips, VideoClips, loader, random_crop
-from dit import DiT, DiTConfig, KVCache
+from dit import DiT, DiTConfig, KVCache, load_opensora
 from evaluate import nmi, predict, probe, psnr
 from flow import Draw, FlowConfig, World, load_world, sample, shift_time, time_ratio
 from lam import LAM, LAMConfig, Standardize
-from vae import PixelVAE
+from vae import LatentCache, OpenSoraVAE, PixelVAE, load_opensora_vae
 from vq import VectorQuantizer, codebook_metrics
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+STDIT, VAE = (os.path.join(HERE, "assets", "fixtures", name) for name in ("stdit3_tiny", "vae_tiny"))
 SMALL = ["--hidden", "16", "--depth", "1", "--heads", "2", "--action_depth", "1", "--lam_width", "16", "--lam_depth", "1",
          "--batch", "4", "--vq_start", "0", "--sampling_steps", "2", "--log_every", "2"]
 
@@ -251,12 +253,209 @@ def test_two_ranks_draw_what_one_draws():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="not divisible by the patch"):
-        small_world().dit(video(size=10), torch.rand(2, 6))
     with pytest.raises(ValueError, match="multiple of its patch"):
         LAM(LAMConfig(size=10, patch=4))
     with pytest.raises(ValueError, match="actions"):
         small_world().dit(video(), torch.rand(2, 6), torch.zeros(2, 6, 8))
+
+
+# Open-Sora's weights: assets/fixtures holds small checkpoints in the released layout and what Open-Sora's own code makes of them
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+def test_dit_computes_what_open_sora_does(causal):
+    io, dit = load_file(f"{STDIT}/io.safetensors"), load_opensora(STDIT, causal, action_dim=8)
+    t, prefix = io["in.timestep"][:, None].expand(-1, 5) / 1000, "out.causal_" if causal else "out."
+    for name, times in {"plain": t, "masked": t * io["in.x_mask"]}.items():
+        assert torch.allclose(dit(io["in.x"], times, fps=io["in.fps"]), io[prefix + name][:, :4], atol=1e-5), name
+
+
+@torch.no_grad()
+def test_sampler_computes_what_open_sora_does():
+    io, dit = load_file(f"{STDIT}/io.safetensors"), load_opensora(STDIT, action_dim=0)
+    for name, shift in {"out.causal_sample": False, "out.causal_sample_shifted": True}.items():
+        assert torch.allclose(sample(dit, io["in.noise"], context=1, shift=shift, fps=io["in.fps"]), io[name], atol=1e-4), name
+
+
+def test_vae_computes_what_open_sora_does():
+    io, vae = load_file(f"{VAE}/io.safetensors"), load_opensora_vae(VAE)
+    assert torch.allclose(vae.encode(io["in.video"]), io["out.latent"], atol=1e-5)
+    assert torch.allclose(vae.decode(io["out.latent"], 17), io["out.video"], atol=1e-4)
+    assert torch.allclose(vae.spatial_vae.encode(io["in.video"]), io["out.spatial_latent"], atol=1e-5)
+    assert torch.allclose(vae.spatial_vae.decode(io["out.spatial_latent"]), io["out.spatial_video"], atol=1e-4)
+
+
+def test_position_grid_of_an_odd_aspect_ratio():
+    dit = load_opensora(STDIT, action_dim=0)                    # width 48, patch 2, 8 pixels a latent
+    assert dit(torch.randn(1, 4, 2, 5, 9), torch.rand(1, 2)).shape == (1, 4, 2, 5, 9)           # padded to 6 x 10
+    scale, base = (40 * 72) ** 0.5 / 512, round(15 ** 0.5)
+    for place, row, col in ((0, 0, 0), (4, 0, 4), (7, 1, 2), (14, 2, 4)):
+        want = [f(n / scale * base / count * 10000 ** (-i / 12)) for n, count in ((col, 5), (row, 3)) for f in (np.sin, np.cos) for i in range(12)]
+        assert torch.allclose(dit.position(3, 5, 5, 9, "cpu")[place], torch.tensor(want, dtype=torch.float32), atol=1e-5)
+
+
+def test_vae_works_in_chunks_of_17_frames_and_pads_in_front():
+    vae, x = load_opensora_vae(VAE), torch.rand(2, 3, 21, 16, 24) * 2 - 1
+    z = vae.encode(x)
+    assert z.shape == (2, 4, 6, 2, 3) and torch.equal(z[:, :, :5], vae.encode(x[:, :, :17])) and vae.decode(z, 21).shape == x.shape
+    assert torch.allclose(z[:, :, 5:], vae.encode(x[:, :, 17:]), atol=1e-5)
+    y = x.clone()
+    y[:, :, 1] = 0                                              # its convolutions are causal; its norms leak a little over the chunk
+    first, second = (vae.encode(y) - z).abs().amax((0, 1, 3, 4))[:2]
+    assert 0 < first < second / 5
+    torch.manual_seed(0)
+    assert not torch.equal(vae.encode(x, sample=True), z)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        vae.encode(torch.zeros(1, 3, 1, 20, 16))
+    with pytest.raises(ValueError, match="5 latent frames, but 21 frames have 6"):
+        vae.decode(z[:, :, :5], 21)
+
+
+@torch.no_grad()
+def test_fresh_actions_hardly_disturb_open_sora_yet_reach_the_idm():
+    torch.manual_seed(0)
+    io, lam = load_file(f"{STDIT}/io.safetensors"), LAM(LAMConfig(size=8, patch=4, width=16, depth=1, heads=2, fdm_depth=0))
+    world = World(lam, load_opensora(STDIT), load_opensora_vae(VAE), FlowConfig())
+    x, t = io["in.x"], io["in.timestep"][:, None] / 1000 * io["in.x_mask"]
+    z = world.pack(lam.encode(video(2, 17))[0])
+    plain, acted = world.dit(x, t), world.dit(x, t, z)
+    assert 0 < ((acted - plain)[:, :, 1:].std() / plain[:, :, 1:].std()) < 0.02
+    with torch.enable_grad():
+        world(video(1, 17, 16), Draw(0))[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (lam.idm.out.weight, lam.idm.queries, lam.idm.patch.weight))
+    with pytest.raises(ValueError, match="5, 9, 13, 17, 21, 25, 29, 33"):
+        world(video(1, 16, 16))
+
+
+def sparse(path, shapes):
+    """A .safetensors file of float32 zeros that takes no room on the disk; its size in bytes"""
+    head, at = {}, 0
+    for k, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        head[k] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text), f.truncate(8 + len(text) + at)
+    return at
+
+
+def released(folder):
+    """Files of the released sizes and with the released configs' fields: DiT with text path, VAE."""
+    with torch.device("meta"):
+        dit, vae = DiT(DiTConfig(action_dim=0)), OpenSoraVAE()
+    shapes = {k: v.shape for k, v in dit.state_dict().items()} | {"rope.freqs": (36,), "y_embedder.y_embedding": (300, 4096)}
+    for i in range(28):
+        for block in (f"spatial_blocks.{i}", f"temporal_blocks.{i}"):
+            shapes |= {f"{block}.cross_attn.{n}.weight": (m * 1152, 1152) for n, m in (("q_linear", 1), ("kv_linear", 2), ("proj", 1))}
+    configs = {"stdit": {"model_type": "STDiT3", "depth": 28, "hidden_size": 1152, "num_heads": 16, "input_sq_size": 512},
+               "vae": {"model_type": "VideoAutoencoderPipeline", "micro_frame_size": 17, "scale": [3.85, 2.32, 2.33, 3.06],
+                       "shift": [-0.1, 0.34, 0.27, 0.98], "vae_2d": {"type": "VideoAutoencoderKL", "micro_batch_size": 4},
+                       "vae_temporal": {"type": "VAE_Temporal_SD", "from_pretrained": None}}}
+    sizes = {}
+    for name, tensors in {"stdit": shapes, "vae": {k: v.shape for k, v in vae.state_dict().items()}}.items():
+        os.makedirs(folder / name)
+        sizes[name] = sparse(folder / name / "model.safetensors", tensors)
+        (folder / name / "config.json").write_text(json.dumps(configs[name]))
+    return sizes
+
+
+def test_full_size_weights_need_no_more_memory_than_the_model(tmp_path):
+    sizes = released(tmp_path)
+    assert 4.7e9 < sizes["stdit"] < 4.9e9 and 1.5e9 < sizes["vae"] < 1.6e9      # the released files are 4.84 and 1.57 GB
+    code = """if True:
+        import resource, sys
+        from dit import load_opensora
+        from vae import load_opensora_vae
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for load in (load_opensora_vae, load_opensora):
+            before = peak()
+            model = load(sys.argv[1 + (load is load_opensora)])
+            size = sum(4 * p.numel() for p in model.parameters())
+            print(size, peak() - before)
+            del model"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "vae", tmp_path / "stdit"], cwd=HERE, capture_output=True, text=True, timeout=300)
+    rows = [line.split() for line in done.stdout.splitlines() if line[0].isdigit()]
+    assert len(rows) == 2, done.stderr
+    for size, peak in rows:
+        assert int(peak) < 1.1 * int(size)
+    assert "904.07 M parameters loaded" in done.stdout
+
+
+def mistreat(how, path):
+    tensors = load_file(f"{STDIT}/model.safetensors")
+    first = "spatial_blocks.1.attn.qkv.weight"
+    if how == "missing":
+        del tensors[first]
+    if how == "extra":
+        tensors["spatial_blocks.1.attn.lora"] = torch.zeros(2)
+    if how == "shape":
+        tensors[first] = tensors[first][:-1].clone()
+    if how == "list":
+        torch.save(list(tensors.values()), path / "w.pt")
+    elif how == "code":                                         # a pickle that would run code
+        torch.save({"x": os.getcwd}, path / "w.pt")
+    elif how == "pt":
+        torch.save(tensors, path / "w.pt")
+    elif how == "folder":
+        return path
+    else:
+        save_file(tensors, path / "w.safetensors")
+        if how == "truncated":
+            os.truncate(path / "w.safetensors", 500000)
+        return path / "w.safetensors"
+    return path / "w.pt"
+
+
+@pytest.mark.parametrize("how, words", [
+    ("missing", "1 tensors missing, e.g. spatial_blocks.1.attn.qkv.weight"),
+    ("extra", "1 tensors unexpected, e.g. spatial_blocks.1.attn.lora"),
+    ("shape", "1 tensors of another shape, e.g. spatial_blocks.1.attn.qkv.weight (143, 48) instead of (144, 48)"),
+    ("truncated", "cannot be read as weights"), ("code", "cannot be read as weights"), ("list", "not a state dict"),
+    ("folder", "not a released folder"), ("pt", None)])
+def test_bad_weights_get_one_line(how, words, tmp_path):
+    path = str(mistreat(how, tmp_path))
+    if words is None:
+        good = load_opensora(STDIT, action_dim=0).state_dict()
+        assert all(torch.equal(v, good[k]) for k, v in load_opensora(path, action_dim=0).state_dict().items())
+        return
+    with pytest.raises(ValueError) as error:
+        load_opensora(path)
+    assert words in str(error.value) and len(str(error.value).splitlines()) == 1
+    done = run("train.py", "--dit_weights", path, "--vae_weights", VAE, "--frames", 5, "--eval_frames", 5, cwd=tmp_path, ok=False)
+    assert words in complaint(done) and not (tmp_path / "out").exists()
+
+
+def test_bad_vae_weights_and_released_config(tmp_path):
+    tensors = load_file(f"{VAE}/model.safetensors")
+    (tmp_path / "config.json").write_text('{"vae_2d": {}, "vae_temporal": {}}')
+    save_file(tensors, tmp_path / "model.safetensors")          # small tensors, but a config without sizes: the released ones
+    with pytest.raises(ValueError, match=r"of another shape, e.g. \S+ \(8, 3, 3, 3\) instead of \(128, 3, 3, 3\)"):
+        load_opensora_vae(str(tmp_path))
+    with pytest.raises(ValueError, match="tensors missing"):
+        load_opensora_vae(STDIT)
+    with pytest.raises(ValueError, match="not an STDiT3"):
+        load_opensora(VAE)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_opensora_vae(str(tmp_path / "nothing"))
+
+
+def test_latent_cache_never_gives_a_stale_latent(tmp_path):
+    vae, clips = load_opensora_vae(VAE), torch.randint(0, 256, (3, 5, 16, 16, 3), dtype=torch.uint8)
+    as_video = lambda c: c.permute(0, 4, 1, 2, 3) / 127.5 - 1
+    want = vae.encode(as_video(clips))
+    count = lambda: len(os.listdir(tmp_path))
+    assert torch.allclose(LatentCache(vae, tmp_path).encode(clips, as_video(clips)), want, atol=1e-6) and count() == 3
+    cache = LatentCache(vae, tmp_path)
+    cache.vae = None                                            # found on the disk: the VAE is not asked
+    assert torch.allclose(cache.encode(clips[[2, 0]], as_video(clips[[2, 0]])), want[[2, 0]], atol=1e-6)
+    clips[1, 0, 0, 0, 0] += 1                                   # another clip, another VAE: neither is taken for the old one
+    LatentCache(vae, tmp_path).encode(clips, as_video(clips))
+    assert count() == 4
+    vae.shift += 1
+    assert torch.allclose(LatentCache(vae, tmp_path).encode(clips[:1], as_video(clips[:1])), want[:1] - 1 / vae.scale, atol=1e-5)
 
 
 # toy world and data ---------------------------------------------------------------------------------------------------
@@ -449,6 +648,10 @@ def test_ddp_on_two_processes(tmp_path):
     (["--batch", "many"], "not a number"),
     (["--pretrain", "0", "--warmup", "0", "--e2e", "0"], "nothing to train"),
     (["--dit_weights", "/no/such/run"], "no checkpoint"),
+    (["--vae_weights", "/no/such/vae"], "no such file"),
+    (["--vae_weights", VAE, "--size", "32", "--frames", "16"], "this VAE needs 5, 9,"),
+    (["--latent_cache", "latents"], "needs --crop 1"),
+    (["--preset", "opensora"], "no such file"),
 ])
 def test_bad_input_gets_one_line(args, words, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"this is no video")
@@ -475,3 +678,23 @@ def test_real_video_trains_and_says_what_it_cannot_measure(films, tmp_path):
     run("train.py", "--name", "v", "--data", films, "--frames", 4, "--eval_frames", 4, "--pretrain", 2, "--warmup", 2, "--e2e", 2, *SMALL, cwd=tmp_path)
     last = result(tmp_path, "v")[1]
     assert last["nmi"] is None and last["probe_r2"] is None and last["psnr"] > 0
+
+
+def test_paper_preset_is_counted_without_being_built(tmp_path):
+    done = run("train.py", "--preset", "opensora", "--dry_run", cwd=tmp_path)
+    for words in ("action 73.37 M", "body 904.07 M", "warmup: 8000 steps on videos, trains action + lam", "e2e: 52000 steps", "GB a process",
+                  "batch 128", "--vae_weights OpenSora-VAE-v1.2: not there yet"):
+        assert words in done.stdout, words
+    assert "no such file" in complaint(run("train.py", "--preset", "opensora", "--dry_run", "--vae_weights", "gone", cwd=tmp_path, ok=False))
+
+
+def test_open_sora_weights_train_from_the_command_line(tmp_path):
+    args = ["--dit_weights", STDIT, "--vae_weights", VAE, "--frames", 5, "--eval_frames", 9, "--action_depth", 1, "--lam_width", 16, "--lam_depth", 1,
+            "--batch", 2, "--vq_start", 0, "--sampling_steps", 2, "--warmup", 2, "--e2e", 2, "--time_shift", "auto"]
+    run("train.py", "--name", "a", *args, "--latent_cache", "latents", cwd=tmp_path)
+    run("train.py", "--name", "b", *args, "--activation_checkpointing", cwd=tmp_path)
+    assert len(os.listdir(tmp_path / "latents")) == 8 and json.load(open(tmp_path / "out/a/config.json"))["hidden"] == 48
+    a, b = (load_world(str(tmp_path / "out" / name)) for name in "ab")
+    for k, v in a.state_dict().items():                         # neither changes what is computed
+        assert torch.allclose(v, b.state_dict()[k], atol=1e-4), k
+    assert a.rollout(torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 8, 2, 16)).shape == (1, 3, 9, 16, 16)

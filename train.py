@@ -13,22 +13,24 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 
 import imageio.v3 as imageio
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import toy
 from data import DataError, clips, loader, random_crop, to_video
-from dit import DiT, DiTConfig
+from dit import DiT, DiTConfig, load_opensora
 from evaluate import loss_by_time, report
-from flow import Draw, FlowConfig, World, load_world
+from flow import Draw, FlowConfig, World, load_checkpoint
 from lam import LAM, LAMConfig
-from vae import PixelVAE
+from vae import LatentCache, OpenSoraVAE, PixelVAE, load_opensora_vae
 from vq import codebook_metrics
 
 
@@ -40,14 +42,15 @@ def setting(default, help):
 class Config:
     # the run
     name: str = setting("toy", "run name; everything is written to out/NAME, an older run there is moved aside")
-    preset: str = setting("tiny", "tiny (a laptop's CPU) or small (one GPU)")
+    preset: str = setting("tiny", "tiny (a laptop's CPU), small (one GPU) or opensora (the paper)")
     mode: str = setting("joint", "joint: the generator is the forward model; pretrain: the generator alone, without actions")
     data: str = setting("toy", "toy, or a video file, or a folder of video files")
     seed: int = setting(0, "seed of weights, data order and noise")
     pretrain: int = setting(300, "steps without actions, on web clips for the toy world; 0 or --dit_weights: none")
     warmup: int = setting(100, "steps with the generator frozen")
     e2e: int = setting(3000, "steps end to end")
-    dit_weights: str = setting("none", "run folder or checkpoint whose generator (not its action modules) to start from")
+    dit_weights: str = setting("none", "generator to start from, with its sizes: Open-Sora's folder or file, or a run of ours (not its action modules)")
+    vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file; none: the model works on pixels")
     batch: int = setting(16, "clips a step, over all ranks")
     frames: int = setting(2, "frames a training clip, T; dreams see the last T-1")
     eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first")
@@ -63,6 +66,8 @@ class Config:
     ckpt_every: int = setting(500, "steps between checkpoints")
     device: str = setting("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps")
     compile: bool = setting(False, "torch.compile the DiT")
+    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
+    latent_cache: str = setting("none", "folder that keeps the VAE's latents of clips for later epochs and runs; needs --crop 1")
     dry_run: bool = setting(False, "check everything, print what would train, and stop")
     # latent action model
     lam_size: int = setting(16, "pixels of the IDM's square frame")
@@ -97,6 +102,13 @@ PRESETS = {
     "small": dict(size=64, frames=16, eval_frames=16, batch=64, hidden=384, depth=8, heads=6, action_depth=6, time_shift="100", crop=0.8,
                   lam_size=64, lam_patch=8, lam_width=384, lam_depth=6, lam_heads=6, num_codes=32, code_dim=32,
                   pretrain=20000, warmup=8000, e2e=22000, vq_start=10000, lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
+    # the paper (appendix B); the share of the crop is ours. Paths are where a download beside the code would lie
+    "opensora": dict(data="videos", dit_weights="OpenSora-STDiT-v3", vae_weights="OpenSora-VAE-v1.2",
+                     size=256, frames=17, eval_frames=17, batch=128, crop=0.8, pretrain=0, warmup=8000, e2e=52000, lr=7.5e-5, lr_warmup=2000,
+                     cooldown=0.0, lam_lr=1.0, vq_start=0, pairs=False, odd=False, standardize=False, latent_scale=1.0,
+                     lam_size=224, lam_patch=14, lam_width=768, lam_depth=12, lam_heads=12, num_codes=32, code_dim=32,
+                     hidden=1152, depth=28, heads=16, patch=2, action_depth=6, action_std=0.01, time_shift="auto", guidance=4.0,
+                     eval_every=2000, ckpt_every=1000),
 }
 
 
@@ -155,29 +167,61 @@ def parse(argv):
         parser.error(f"--batch {cfg.batch}: must be a multiple of the number of processes, {os.environ['WORLD_SIZE']}")
     if not phases(cfg):
         parser.error("nothing to train: every phase has 0 steps")
+    if cfg.latent_cache != "none" and (cfg.crop < 1 or cfg.vae_weights == "none"):
+        parser.error(f"--latent_cache {cfg.latent_cache}: needs --crop 1, as every crop has other latents, and --vae_weights")
     return cfg
 
 
-def build(cfg):
-    """World with fresh weights, but for the generator's where --dit_weights names some."""
+def load_generator(path, **action):
+    """DiT with the weights of a run of ours or of Open-Sora, and fresh action modules."""
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "ckpt.pt")):
+        return load_opensora(path, **action)
+    try:
+        state = load_checkpoint(path)
+    except ValueError:
+        return load_opensora(path, **action)
+    dit = DiT(replace(DiTConfig(**state["world"]["dit"]), **action))
+    dit.load_state_dict(dit.state_dict() | {k: v for k, v in state["dit"].items() if not k.startswith("action.")})
+    return dit
+
+
+def build(cfg, absent=()):
+    """World with fresh weights, but for those that --dit_weights and --vae_weights name, unless they are `absent`."""
     lam = LAMConfig(cfg.lam_size, cfg.lam_patch, cfg.lam_width, cfg.lam_depth, cfg.lam_heads, 0, cfg.num_codes, cfg.code_dim,
                     cfg.tokens, cfg.pairs, cfg.odd, cfg.difference, cfg.standardize, cfg.latent_scale)
-    vae = PixelVAE()
-    dit = DiTConfig(cfg.hidden, cfg.heads, cfg.depth, vae.channels, cfg.patch, vae.channels, vae.pixel_stride,
-                    action_dim=vae.time_stride * cfg.tokens * cfg.code_dim, action_depth=cfg.action_depth,
-                    action_scale=cfg.latent_scale, action_std=cfg.action_std)
-    if cfg.size % cfg.patch:
-        raise ValueError(f"--size {cfg.size} is not a multiple of the DiT's --patch {cfg.patch}")
-    flow = FlowConfig(cfg.time_shift, window=cfg.frames - 1, sampling_steps=cfg.sampling_steps, guidance=cfg.guidance)
-    world = World(LAM(lam), DiT(dit), vae, flow)
-    if cfg.dit_weights != "none":
-        source = load_world(cfg.dit_weights).dit
-        mine, theirs = world.dit.body(), source.body()
-        if source.cfg.hidden != cfg.hidden or [p.shape for p in mine] != [p.shape for p in theirs]:
-            raise ValueError(f"--dit_weights {cfg.dit_weights}: a generator of another size ({source.cfg})")
-        with torch.no_grad():
-            [p.copy_(q) for p, q in zip(mine, theirs)]
+    vae = PixelVAE() if cfg.vae_weights == "none" else OpenSoraVAE() if "vae_weights" in absent else load_opensora_vae(cfg.vae_weights)
+    action = dict(action_dim=vae.time_stride * cfg.tokens * cfg.code_dim, action_depth=cfg.action_depth,
+                  action_scale=cfg.latent_scale, action_std=cfg.action_std)
+    if cfg.dit_weights == "none" or "dit_weights" in absent:
+        outputs = vae.channels if cfg.vae_weights == "none" else 2 * vae.channels
+        dit = DiT(DiTConfig(cfg.hidden, cfg.heads, cfg.depth, vae.channels, cfg.patch, outputs, vae.pixel_stride, **action))
+    else:
+        dit = load_generator(cfg.dit_weights, **action)
+    if cfg.size % (dit.cfg.patch * vae.pixel_stride):
+        raise ValueError(f"--size {cfg.size} is not a multiple of {dit.cfg.patch * vae.pixel_stride}, the side of the DiT's patch in pixels")
+    flow = FlowConfig(cfg.time_shift, window=vae.latent_frames(cfg.frames) - 1, sampling_steps=cfg.sampling_steps, guidance=cfg.guidance)
+    world = World(LAM(lam), dit, vae, flow)
+    [world.check_frames(t) for t in (cfg.frames, cfg.eval_frames)]
     return world
+
+
+def memory(cfg, world, groups, phase, clips):
+    """Estimate of a GPU's memory in GB: float32 weights, gradients and Adam's moments, and the activations of its clips in
+    bf16, by bytes that are saved a token, unit of width and block (measured with saved-tensor hooks)."""
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    trained = sum(count(groups[g]) for g in phase["train"])
+    state = 4 * count(world.parameters()) + 12 * trained
+    dit, lam, latents = world.dit.cfg, cfg, world.vae.latent_frames(cfg.frames)
+    tokens = latents * (cfg.size // (dit.patch * world.vae.pixel_stride)) ** 2
+    frame = (cfg.lam_size // cfg.lam_patch) ** 2 + cfg.tokens
+    saved = [(tokens * dit.hidden, 2 * dit.depth, 73 if "body" in phase["train"] else 51)]
+    if phase["actions"]:
+        saved.append((cfg.frames * frame * cfg.lam_width, cfg.lam_depth, 96))
+    if cfg.activation_checkpointing:
+        activations = sum(n * (4 * blocks + size) for n, blocks, size in saved)
+    else:
+        activations = sum(n * blocks * size for n, blocks, size in saved)
+    return state / 1e9, activations * clips / 1e9
 
 
 def save(path, **state):
@@ -213,6 +257,16 @@ def fit_codebook(world, dataset, clips=256):
         dist.broadcast(world.lam.vq.codebook.data, 0)
 
 
+def open_data(cfg):
+    """Training and held-out clips by name, and (name, training, held-out clips) where true actions are known: those are
+    used to judge, never to train."""
+    data, heldout = ({p["data"]: clips(p["data"], cfg.size, frames, cfg.seed, split) for p in phases(cfg)}
+                     for frames, split in ((cfg.frames, "train"), (cfg.eval_frames, "heldout")))
+    sources = list(toy.MIXTURE) if cfg.data == "toy" else [cfg.data] if "actions" in heldout[phases(cfg)[-1]["data"]][[0]] else []
+    labelled = [[s] + [clips(s, cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")] for s in sources]
+    return data, heldout, labelled
+
+
 def main(argv):
     cfg = parse(argv)
     rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -220,21 +274,33 @@ def main(argv):
     device = f"cuda:{local}" if cuda else cfg.device if cfg.device != "auto" else "cpu"
     torch.manual_seed(cfg.seed)
     try:
-        world = build(cfg).to(device)
-        data = {p["data"]: clips(p["data"], cfg.size, cfg.frames, cfg.seed) for p in phases(cfg)}
-        heldout = {p["data"]: clips(p["data"], cfg.size, cfg.eval_frames, cfg.seed, "heldout") for p in phases(cfg)}
-        # where true actions are known they are used to judge, never to train
-        sources = list(toy.MIXTURE) if cfg.data == "toy" else [cfg.data] if "actions" in heldout[cfg.data][[0]] else []
-        labelled = [[s] + [clips(s, cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")] for s in sources]
+        # a dry run of a preset needs none of the files that it would load
+        absent = [k for k in ("data", "dit_weights", "vae_weights") if cfg.dry_run and getattr(cfg, k) == PRESETS[cfg.preset].get(k)
+                  and not os.path.exists(getattr(cfg, k))]
+        with torch.device("meta" if cfg.dry_run else "cpu"):
+            world = build(cfg, absent)
+        data, heldout, labelled = open_data(cfg) if "data" not in absent else (None, None, None)
+        cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" and not cfg.dry_run else None
     except (DataError, ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"train.py: {error}")
+    for k in ("hidden", "depth", "heads", "patch"):                             # those of --dit_weights hold
+        setattr(cfg, k, getattr(world.dit.cfg, k))
+    world.to("meta" if cfg.dry_run else device)
     groups = {"lam": list(world.lam.parameters()), "action": list(world.dit.action.parameters()), "body": world.dit.body()}
     if master:
         sizes = ", ".join(f"{k} {sum(p.numel() for p in v) / 1e6:.2f} M" for k, v in groups.items())
-        print(f"{cfg.name}: {sizes} parameters; batch {cfg.batch} on {ranks} x {device}")
+        print(f"{cfg.name}: {sizes} parameters; batch {cfg.batch} = {ranks} x {cfg.batch // ranks} clips of {cfg.frames} frames on {device}")
         for p in phases(cfg):
             print(f"  {p['name']}: {p['steps']} steps on {p['data']}, trains {' + '.join(sorted(p['train']))}")
+            if cfg.dry_run:
+                state, activations = memory(cfg, world, groups, p, cfg.batch // ranks)
+                print(f"    about {state + activations:.1f} GB a process: {state:.1f} weights, gradients, moments + {activations:.1f} activations in bf16")
     if cfg.dry_run:
+        if cfg.preset == "opensora":
+            print(f"  IDM {sum(p.numel() for p in world.lam.idm.parameters()) / 1e9:.3f} B, generator with action modules "
+                  f"{sum(p.numel() for p in world.dit.parameters()) / 1e9:.3f} B; the paper says 0.93 B, which does not follow from its parts")
+        for k in absent:
+            print(f"  --{k} {getattr(cfg, k)}: not there yet; a run needs it")
         return
     if ranks > 1:
         if cuda:
@@ -260,8 +326,8 @@ def main(argv):
 
     def checkpoint():
         if master:
-            save(os.path.join(out, "ckpt.pt"), world=world.config(), model=world.state_dict(), quantize=world.lam.quantize,
-                 step=step, config=asdict(cfg))
+            save(os.path.join(out, "ckpt.pt"), world=world.config(), lam=world.lam.state_dict(), dit=world.dit.state_dict(),
+                 quantize=world.lam.quantize, step=step, config=asdict(cfg))
 
     def evaluate(event, phase, **size):
         world.eval()
@@ -277,6 +343,9 @@ def main(argv):
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     if cfg.compile:
         world.dit.compile()
+    if cfg.activation_checkpointing:
+        for block in [*world.lam.idm.blocks, *world.dit.spatial_blocks, *world.dit.temporal_blocks]:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
     step, saved, trained = 0, None, set()
     bar = tqdm(total=sum(p["steps"] for p in phases(cfg)), disable=not master, dynamic_ncols=True)
     try:
@@ -288,7 +357,7 @@ def main(argv):
                     if name not in trained:
                         optimizer.state.pop(p, None)
             trained = phase["train"]
-            model = DistributedDataParallel(world, [local] if cuda else None) if ranks > 1 else world
+            model = DistributedDataParallel(world, [local] if cuda else None, gradient_as_bucket_view=True) if ranks > 1 else world
             world.train()
             end, recent, began = step + phase["steps"], [], time.time()
             for batch in loader(data[phase["data"]], cfg.batch, step, end, rank, ranks):
@@ -306,7 +375,8 @@ def main(argv):
                 draw = Draw(cfg.seed, step, device=device, rank=rank, ranks=ranks)
                 video = random_crop(to_video(batch["video"], device), cfg.crop, draw)
                 with autocast:
-                    loss, found = model(video, draw, batch["fps"].to(device), phase["actions"])
+                    latents = cache.encode(batch["video"], video) if cache else None
+                    loss, found = model(video, draw, batch["fps"].to(device), phase["actions"], latents)
                 optimizer.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(world.parameters(), cfg.clip)

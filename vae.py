@@ -1,20 +1,420 @@
 """Between pixels and latents.
 
-`PixelVAE` is the identity, for models that work on pixels (presets tiny and small).
+`PixelVAE` is the identity, for models that work on pixels (presets tiny and small). `OpenSoraVAE` is the video VAE of
+Open-Sora v1.2 (hpcaitech/Open-Sora, branch opensora/v1.2): an image VAE (AutoencoderKL, Rombach et al. 2022) takes each
+frame to 8x8 times smaller latents, a causal 3-D VAE (after MAGVIT-v2, Yu et al. 2024) takes 4 frames of those to one.
+Module names are those of the released weights. Also here: reading weights that others made.
 """
 
+import hashlib
+import json
+import os
+from functools import partial
+
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file
 
 
 class PixelVAE(nn.Module):
     """The identity, with a VAE's interface: latents are the pixels, one latent frame a frame."""
 
-    channels, pixel_stride, time_stride = 3, 1, 1
+    channels, pixel_stride, time_stride, source = 3, 1, 1, "none"
+
+    def latent_frames(self, frames):
+        return frames
 
     def encode(self, video, sample=False):
         """video (b, 3, t, h, w) in [-1, 1] -> latents (b, 3, t, h, w)"""
         return video
 
     def decode(self, latents, frames):
-        """latents (b, 3, l, h, w) -> video (b, 3, frames, h, w), clamped to [-1, 1]"""
-        return latents[:, :, :frames].clamp(-1, 1)
+        """latents (b, 3, l, h, w) -> video (b, 3, frames, h, w), about in [-1, 1]"""
+        return latents[:, :, :frames]
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, plus the input. conv(cin, cout, kernel) makes a 2-D or a causal 3-D convolution."""
+
+    def __init__(self, cin, cout, conv, norm, shortcut):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), conv(cin, cout, 3)
+        self.norm2, self.conv2 = norm(cout), conv(cout, cout, 3)
+        self.shortcut = shortcut if cin != cout else None                       # its name in the released weights
+        if self.shortcut:
+            self.add_module(shortcut, conv(cin, cout, 1))
+
+    def forward(self, x):
+        y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return y + (getattr(self, self.shortcut)(x) if self.shortcut else x)
+
+
+def resnets(cin, cout, n, block):
+    return nn.ModuleList(block(cin if i == 0 else cout, cout) for i in range(n))
+
+
+def through(blocks, x):
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def posterior(moments, sample):
+    """Mean, or a draw, of the Gaussian whose mean and log variance lie along the channels"""
+    mean, logvar = moments.chunk(2, 1)
+    return mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean) if sample else mean
+
+
+# the image VAE --------------------------------------------------------------------------------------------------------
+
+
+class PixelAttention(nn.Module):
+    """One head over the places of a frame, plus the input."""
+
+    def __init__(self, c, norm):
+        super().__init__()
+        self.group_norm = norm(c)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.Sequential(nn.Linear(c, c))
+
+    def forward(self, x):
+        """(n, c, h, w) -> (n, c, h, w)"""
+        y = self.group_norm(x).flatten(2).transpose(1, 2)                       # (n, h*w, c)
+        y = self.to_out(F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y)))
+        return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Middle(nn.Module):
+    def __init__(self, c, block, norm):
+        super().__init__()
+        self.resnets = nn.ModuleList([block(c, c), block(c, c)])
+        self.attentions = nn.ModuleList([PixelAttention(c, norm)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class ImageCoder(nn.Module):
+    """Encoder or decoder: levels of residual blocks, each but the last ending in a change of resolution by 2."""
+
+    def __init__(self, cin, cout, widths, layers, groups, up):
+        super().__init__()
+        conv = partial(nn.Conv2d, padding="same")
+        norm = partial(nn.GroupNorm, groups, eps=1e-6)
+        block = partial(ResBlock, conv=conv, norm=norm, shortcut="conv_shortcut")
+        self.up, last = up, len(widths) - 1
+        self.conv_in = conv(cin, widths[0], 3)
+        levels = []
+        for i, width in enumerate(widths):
+            level = nn.ModuleDict({"resnets": resnets(widths[max(i - 1, 0)], width, layers, block)})
+            if i < last:
+                resize = nn.Conv2d(width, width, 3, padding="same") if up else nn.Conv2d(width, width, 3, stride=2)
+                level["upsamplers" if up else "downsamplers"] = nn.ModuleList([nn.ModuleDict({"conv": resize})])
+            levels.append(level)
+        self.add_module("up_blocks" if up else "down_blocks", nn.ModuleList(levels))
+        self.mid_block = Middle(widths[0] if up else widths[-1], block, norm)
+        self.conv_norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], cout, 3)
+
+    def forward(self, x):
+        """(n, cin, h, w) -> (n, cout, h', w')"""
+        x = self.conv_in(x)
+        if self.up:
+            x = self.mid_block(x)
+        for level in self.up_blocks if self.up else self.down_blocks:
+            x = through(level["resnets"], x)
+            if "upsamplers" in level:
+                x = level["upsamplers"][0]["conv"](F.interpolate(x, scale_factor=2.0))
+            if "downsamplers" in level:
+                x = level["downsamplers"][0]["conv"](F.pad(x, (0, 1, 0, 1)))
+        if not self.up:
+            x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class ImageVAE(nn.Module):
+    """Frame by frame, `micro_batch` frames at a time so that memory stays bounded."""
+
+    def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, latent_channels=4,
+                 scaling_factor=0.18215, micro_batch=4):
+        super().__init__()
+        z, widths = latent_channels, list(block_out_channels)
+        self.stride, self.scaling, self.micro_batch = 2 ** (len(widths) - 1), scaling_factor, micro_batch
+        self.module = nn.ModuleDict({
+            "encoder": ImageCoder(3, 2 * z, widths, layers_per_block, norm_num_groups, up=False),
+            "decoder": ImageCoder(z, 3, widths[::-1], layers_per_block + 1, norm_num_groups, up=True),
+            "quant_conv": nn.Conv2d(2 * z, 2 * z, 1),
+            "post_quant_conv": nn.Conv2d(z, z, 1)})
+
+    def by_frame(self, f, video):
+        frames = rearrange(video, "b c t h w -> (b t) c h w")
+        return rearrange(torch.cat([f(x) for x in frames.split(self.micro_batch)]), "(b t) c h w -> b c t h w", b=len(video))
+
+    def encode(self, video, sample=False):
+        """video (b, 3, t, h, w) in [-1, 1] -> (b, 4, t, h/8, w/8)"""
+        moments = self.by_frame(lambda x: self.module["quant_conv"](self.module["encoder"](x)), video)
+        return posterior(moments, sample) * self.scaling
+
+    def decode(self, latents):
+        return self.by_frame(lambda x: self.module["decoder"](self.module["post_quant_conv"](x)), latents / self.scaling)
+
+
+# the temporal VAE -----------------------------------------------------------------------------------------------------
+
+
+class CausalConv3d(nn.Module):
+    """A convolution that sees no later frame: zeros are padded in front."""
+
+    def __init__(self, cin, cout, kernel, stride=1, bias=True):
+        super().__init__()
+        self.pad = (kernel // 2,) * 4 + (kernel - stride, 0)
+        self.conv = nn.Conv3d(cin, cout, kernel, (stride, 1, 1), bias=bias)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.pad))
+
+
+class TimeEncoder(nn.Module):
+    """Levels of residual blocks; where `halve` says so, a level ends in a convolution of stride 2 in time."""
+
+    def __init__(self, z, widths, n, halve, block, norm):
+        super().__init__()
+        self.conv_in = CausalConv3d(z, widths[0], 3, bias=False)
+        self.block_res_blocks = nn.ModuleList(resnets(widths[max(i - 1, 0)], w, n, block) for i, w in enumerate(widths))
+        self.conv_blocks = nn.ModuleList(CausalConv3d(w, w, 3, stride=2) if h else nn.Identity() for w, h in zip(widths, halve))
+        self.res_blocks = resnets(widths[-1], widths[-1], n, block)
+        self.norm1, self.conv2 = norm(widths[-1]), CausalConv3d(widths[-1], 2 * z, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for i, blocks in enumerate(self.block_res_blocks):
+            x = through(blocks, x)
+            if i < len(self.conv_blocks):
+                x = self.conv_blocks[i](x)
+        return self.conv2(F.silu(self.norm1(through(self.res_blocks, x))))
+
+
+class TimeDecoder(nn.Module):
+    """The encoder backwards: a level begins with a convolution whose channels become two frames."""
+
+    def __init__(self, z, widths, n, halve, block, norm):
+        super().__init__()
+        self.conv1 = CausalConv3d(z, widths[-1], 3)
+        self.res_blocks = resnets(widths[-1], widths[-1], n, block)
+        above = widths[1:] + widths[-1:]
+        self.block_res_blocks = nn.ModuleList(resnets(a, w, n, block) for a, w in zip(above, widths))
+        self.conv_blocks = nn.ModuleList(CausalConv3d(a, 2 * a, 3) if h else nn.Identity() for a, h in zip(above, halve))
+        self.norm1, self.conv_out = norm(widths[0]), CausalConv3d(widths[0], z, 3)
+        self.halve = halve
+
+    def forward(self, x):
+        x = through(self.res_blocks, self.conv1(x))
+        for i in reversed(range(len(self.block_res_blocks))):
+            x = through(self.block_res_blocks[i], x)
+            if i and self.halve[i - 1]:
+                x = rearrange(self.conv_blocks[i - 1](x), "b (c two) l h w -> b c (l two) h w", two=2)
+        return self.conv_out(F.silu(self.norm1(x)))
+
+
+class TimeVAE(nn.Module):
+    """Latents of frames <-> fewer latents; a clip that the stride does not divide is padded with zeros in front."""
+
+    def __init__(self, filters=128, num_groups=32, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
+                 temporal_downsample=(False, True, True), z=4):
+        super().__init__()
+        self.stride = 2 ** sum(temporal_downsample)
+        norm = partial(nn.GroupNorm, num_groups)
+        block = partial(ResBlock, conv=partial(CausalConv3d, bias=False), norm=norm, shortcut="conv3")
+        args = z, [filters * m for m in channel_multipliers], num_res_blocks, temporal_downsample, block, norm
+        self.encoder, self.decoder = TimeEncoder(*args), TimeDecoder(*args)
+        self.quant_conv, self.post_quant_conv = CausalConv3d(2 * z, 2 * z, 1), CausalConv3d(z, z, 1)
+
+    def encode(self, x, sample=False):
+        """(b, z, t, h, w) -> (b, z, ceil(t / stride), h, w)"""
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.stride, 0))
+        return posterior(self.quant_conv(self.encoder(x)), sample)
+
+    def decode(self, latents, frames):
+        return self.decoder(self.post_quant_conv(latents))[:, :, -frames % self.stride:]
+
+
+# both -----------------------------------------------------------------------------------------------------------------
+
+
+class OpenSoraVAE(nn.Module):
+    """Open-Sora v1.2's frozen video VAE: 4 channels, 8x8 in space, 4 in time, in chunks of 17 frames.
+
+    The first latent of a chunk stands for its first frame alone, each other one for 4 frames. Convolutions are causal, but
+    the norms average over the chunk: a first frame encoded alone differs a little from the same frame with its future.
+
+    Args:
+        spatial, temporal: sizes of `ImageVAE` and `TimeVAE`, by their names in config.json; empty: the released ones.
+        chunk: frames that are encoded together (`micro_frame_size`).
+    """
+
+    def __init__(self, spatial={}, temporal={}, chunk=17):
+        super().__init__()
+        self.spatial_vae = ImageVAE(**spatial)
+        self.channels = spatial.get("latent_channels", 4)
+        self.temporal_vae = TimeVAE(**temporal, z=self.channels)
+        self.chunk, self.pixel_stride, self.time_stride = chunk, self.spatial_vae.stride, self.temporal_vae.stride
+        self.source = None                                                      # path of the weights
+        self.register_buffer("shift", torch.empty(1, self.channels, 1, 1, 1))   # released: -0.10, 0.34, 0.27, 0.98
+        self.register_buffer("scale", torch.empty(1, self.channels, 1, 1, 1))   # released: 3.85, 2.32, 2.33, 3.06
+
+    def latent_frames(self, frames):
+        """How many latent frames a clip of so many frames has"""
+        whole, rest = divmod(frames, self.chunk)
+        return whole * -(-self.chunk // self.time_stride) + -(-rest // self.time_stride)
+
+    @torch.no_grad()
+    def encode(self, video, sample=False):
+        """Latents of a video: means of the posteriors, or draws from them.
+
+        Args:
+            video: (b, 3, t, h, w) in [-1, 1], h and w multiples of 8.
+
+        Returns:
+            (b, 4, latent_frames(t), h/8, w/8), of about unit variance.
+
+        Raises:
+            ValueError: another frame size.
+        """
+        if video.shape[3] % self.pixel_stride or video.shape[4] % self.pixel_stride:
+            raise ValueError(f"frames of {video.shape[3]}x{video.shape[4]}: the VAE needs multiples of {self.pixel_stride}")
+        x = self.spatial_vae.encode(video, sample)
+        z = torch.cat([self.temporal_vae.encode(c, sample) for c in x.split(self.chunk, 2)], 2)
+        return (z.float() - self.shift) / self.scale
+
+    @torch.no_grad()
+    def decode(self, latents, frames):
+        """The inverse: latents (b, 4, l, h, w) -> video (b, 3, frames, 8h, 8w), about in [-1, 1].
+
+        Raises:
+            ValueError: l is not latent_frames(frames).
+        """
+        if latents.shape[2] != self.latent_frames(frames):
+            raise ValueError(f"{latents.shape[2]} latent frames, but {frames} frames have {self.latent_frames(frames)}")
+        chunks = (latents * self.scale + self.shift).split(self.latent_frames(self.chunk), 2)
+        x = [self.temporal_vae.decode(c, min(self.chunk, frames - i * self.chunk)) for i, c in enumerate(chunks)]
+        return self.spatial_vae.decode(torch.cat(x, 2)).float()
+
+
+def load_opensora_vae(path):
+    """Open-Sora v1.2's VAE from its released folder (config.json, model.safetensors) or a file of its tensors.
+
+    Sizes are those under `spatial` and `temporal` of config.json, and the released ones where it names none.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: a file that cannot be read, or a tensor that is missing, unexpected or of another shape.
+    """
+    config, read = open_weights(path)
+    try:
+        with torch.device("meta"):
+            vae = OpenSoraVAE(config.get("spatial", {}), config.get("temporal", {}), config.get("micro_frame_size", 17))
+    except TypeError as error:
+        raise ValueError(f"{path}: config.json does not fit ({error})") from None
+    fill(vae, read, path)
+    vae.source = os.path.abspath(path)
+    return vae.eval().requires_grad_(False)
+
+
+# reading weights ------------------------------------------------------------------------------------------------------
+
+
+def open_weights(path):
+    """A folder with config.json and model.safetensors, or a .safetensors, .pt or .pth file of tensors by name.
+
+    Returns:
+        the config, {} if there is none, and a function that maps the file into memory: dict of tensors. Dropping the
+        dict unmaps it.
+    """
+    file, config = path, os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    if os.path.isdir(path):
+        file = os.path.join(path, "model.safetensors")
+        if not (os.path.isfile(config) and os.path.isfile(file)):
+            raise ValueError(f"{path}: not a released folder, which holds config.json and model.safetensors")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+
+    def read():
+        try:
+            found = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", mmap=True, weights_only=True)
+        except Exception as error:                              # whatever a broken file makes the readers raise
+            raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]})") from None
+        if not (isinstance(found, dict) and found and all(isinstance(v, torch.Tensor) for v in found.values())):
+            raise ValueError(f"{file}: not a state dict (tensors by name)")
+        return found
+
+    try:
+        with open(config) as f:
+            settings = json.load(f)
+    except FileNotFoundError:
+        settings = {}
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config}: not a JSON object")
+    return settings, read
+
+
+def fill(model, read, path, skip=()):
+    """Copy a checkpoint into a model on the meta device, every tensor accounted for by name and shape.
+
+    The model gets memory after all checks have passed, and none if the default device is meta: then only the checks are
+    made. The file is mapped anew for every few tensors, so that the pages of those already read do not stay: the peak is
+    about the model itself.
+
+    Returns:
+        how many parameters were loaded, and how many skipped: those with a string of `skip` in their names.
+    """
+    theirs = {k: v.shape for k, v in read().items()}
+    skipped = [k for k in theirs if any(s in k for s in skip)]
+    mine = {k: v.shape for k, v in model.state_dict().items()}
+    problems = {"missing": [k for k in mine if k not in theirs],
+                "unexpected": [k for k in theirs if k not in mine and k not in skipped],
+                "of another shape": [f"{k} {tuple(theirs[k])} instead of {tuple(mine[k])}" for k in mine
+                                     if k in theirs and theirs[k] != mine[k]]}
+    if any(problems.values()):
+        raise ValueError(f"{path}: " + "; ".join(f"{len(v)} tensors {k}, e.g. {v[0]}" for k, v in problems.items() if v))
+    target, names = model.to_empty(device=torch.get_default_device()).state_dict(), list(mine)
+    for i in range(0, len(names), 8):
+        part = read()
+        for k in names[i:i + 8]:
+            target[k].copy_(part[k])
+    count = lambda keys: sum(theirs[k].numel() for k in keys)
+    return count(mine), count(skipped)
+
+
+# cache ----------------------------------------------------------------------------------------------------------------
+
+
+class LatentCache:
+    """Latents of clips on disk, one file a clip, named by a hash of its pixels, of the VAE's weights and of the precision:
+    whatever changes, a stale latent is never found.
+    """
+
+    def __init__(self, vae, folder):
+        self.vae, self.folder = vae, folder
+        self.key = hashlib.blake2b()
+        for tensor in vae.state_dict().values():
+            self.key.update(tensor.cpu().numpy())
+        os.makedirs(folder, exist_ok=True)
+
+    def encode(self, clips, video):
+        """uint8 clips (b, t, h, w, 3) and the same as video (b, 3, t, h, w) in [-1, 1] -> latents (b, c, l, h, w)"""
+        files = []
+        for clip in clips:
+            key = self.key.copy()
+            key.update(f"{tuple(clip.shape)} {torch.is_autocast_enabled()}".encode())
+            key.update(clip.contiguous().numpy())
+            files.append(os.path.join(self.folder, key.hexdigest()[:32] + ".pt"))
+        new = [i for i, file in enumerate(files) if not os.path.exists(file)]
+        if new:
+            for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
+                part = f"{files[i]}.{os.getpid()}"
+                torch.save(latent.clone(), part)
+                os.replace(part, files[i])
+        return torch.stack([torch.load(file, weights_only=True) for file in files]).to(video.device)
