@@ -126,9 +126,12 @@ class VideoClips(Dataset):
         return batch
 
 
+TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
+
+
 def clips(data, size, frames, seed=0, split="train"):
     """The dataset that `--data` names: `toy`, the name of a toy source, or a path."""
-    if data in ("toy", "robots", "web", *toy.EMBODIMENTS):
+    if data in TOY:
         return ToyClips("robots" if data == "toy" else data, size, frames, seed, split)
     return VideoClips(data, size, frames, seed, split)
 

@@ -126,12 +126,16 @@ class ActionModules(nn.Module):
         nn.init.normal_(self.embed.weight, std=1 / (cfg.action_scale * cfg.action_dim ** 0.5))
         nn.init.normal_(self.mlp[2].weight, std=cfg.action_std), nn.init.zeros_(self.mlp[2].bias)
 
-    def forward(self, actions):
-        """actions (b, l-1, action_dim) -> (b, l, 6, d); the first frame gets the null action, zeros"""
-        x = self.embed(nn.functional.pad(actions, (0, 0, 1, 0)))[:, :, None]    # (b, l, 1, d)
+    def features(self, actions):
+        """actions (b, l-1, action_dim) -> (b, l, d); the first frame gets the null action, zeros"""
+        x = self.embed(F.pad(actions, (0, 0, 1, 0)))[:, :, None]                # (b, l, 1, d)
         for block in self.blocks:
             x = block(x)
-        return self.mlp(x[:, :, 0]).unflatten(-1, (6, -1))
+        return x[:, :, 0]
+
+    def forward(self, actions):
+        """actions (b, l-1, action_dim) -> (b, l, 6, d)"""
+        return self.mlp(self.features(actions)).unflatten(-1, (6, -1))
 
 
 class DiT(nn.Module):
@@ -229,7 +233,7 @@ def load_opensora(path, causal=True, **overrides):
                      depth=len({k.split(".")[1] for k in shape if k.startswith("spatial_blocks.")}),
                      mlp_ratio=shape["spatial_blocks.0.mlp.fc1.weight"][0] / hidden,
                      out_channels=shape["final_layer.linear.weight"][0] // patch ** 2)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not an STDiT3 ({error})") from None
     cfg = DiTConfig(**{**sizes, "input_sq_size": config.get("input_sq_size", 512), "causal": causal, **overrides})
     with torch.device("meta"):

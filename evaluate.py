@@ -3,11 +3,13 @@
 Paper: section 4.1 (metrics), appendix C.1 (protocols).
 """
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import to_video
-from flow import Draw
+from flow import Draw, shift_time, time_ratio
 from vq import codebook_metrics
 
 PSNR_CAP = 60.0     # dB, about the rounding error of 8-bit pixels: keeps frames that are equal from counting as infinite
@@ -17,6 +19,26 @@ def psnr(a, b):
     """Peak signal-to-noise ratio of videos (b, c, t, h, w) in [-1, 1] (range 2), mean over frames: (b,) dB"""
     mse = (a - b).float().pow(2).mean((1, 3, 4))                                # (b, t)
     return (10 * torch.log10(4 / mse.clamp(min=1e-12))).clamp(max=PSNR_CAP).mean(1)
+
+
+def save_gif(path, videos, fps=4, rows=4):
+    """Videos [(n, 3, t, h, w) in [-1, 1], ...] side by side, one clip a row, as a GIF."""
+    grid = torch.cat([torch.cat(list(F.pad(v[:rows], (1, 1, 1, 1), value=1.0)), 2) for v in videos], 3)  # (3, t, rows*h, n*w)
+    scale = max(1, 128 // videos[0].shape[-1])
+    frames = ((grid + 1) * 127.5).round().byte().permute(1, 2, 3, 0).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    imageio.imwrite(path, frames.numpy(), duration=1000 / fps, loop=0)
+
+
+def collapsed(indices, share=0.95):
+    """Whether nearly all transitions have the same codes: indices (n, k). The limit is ours."""
+    return (indices.unique(dim=0, return_counts=True)[1].max() / len(indices)).item() >= share
+
+
+def cka(x, y):
+    """Linear centred kernel alignment of features (n, p) and (n, q), in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414);
+    0 if either is constant."""
+    x, y = (v.double() - v.double().mean(0) for v in (x, y))
+    return ((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-30)).item()
 
 
 def nmi(codes, effects):
@@ -72,8 +94,12 @@ def infer(world, dataset, n, batch=64):
         parts.append({"z": z.flatten(2).float().cpu(), "indices": indices.cpu(),
                       **{k: v for k, v in data.items() if k in ("actions", "effects")}})
     out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-    base = world.lam.cfg.num_codes ** torch.arange(out["indices"].shape[-1])
-    return out | {"codes": (out["indices"] * base).sum(-1)}
+    return out | {"codes": code_numbers(world, out["indices"])}
+
+
+def code_numbers(world, indices):
+    """The k codes of a transition as one number: (..., k) -> (...)"""
+    return (indices * world.lam.cfg.num_codes ** torch.arange(indices.shape[-1], device=indices.device)).sum(-1)
 
 
 @torch.no_grad()
@@ -83,7 +109,8 @@ def predict(world, dataset, n, steps=None, guidance=None, batch=64):
     Returns:
         dict of PSNRs over the generated frames only, mean over clips: `psnr` with inferred actions, `psnr_shuffled`
         with those of another clip of the source, `psnr_null` with zeros, `psnr_copy` of the first frame held still,
-        `controllability` = psnr - psnr_shuffled; and the first videos [true, inferred, shuffled], each (n, 3, t, h, w).
+        `psnr_adapted`, if there is an adapter, with its codes for the true actions, `controllability` = psnr -
+        psnr_shuffled; and the first videos [true, inferred, shuffled], each (n, 3, t, h, w).
     """
     device, rows, shown = next(world.parameters()).device, [], None
     for i in range(0, n, batch):
@@ -99,6 +126,9 @@ def predict(world, dataset, n, steps=None, guidance=None, batch=64):
         dream = lambda a: world.rollout(video[:, :, :1], a, steps, guidance, fps, Draw(0, i, device=device))
         dreams = {"psnr": dream(z), "psnr_shuffled": dream(z[other]), "psnr_null": dream(torch.zeros_like(z)),
                   "psnr_copy": video[:, :, :1].expand_as(video)}
+        if world.adapter and "actions" in data:
+            codes = world.adapter(data["actions"].to(device)).argmax(-1)        # (b, t-1, k)
+            dreams["psnr_adapted"] = dream(F.embedding(codes, world.lam.vq.codebook))
         rows.append({k: psnr(v[:, :, 1:], video[:, :, 1:]).cpu() for k, v in dreams.items()})
         shown = shown or [v.cpu() for v in (video, dreams["psnr"], dreams["psnr_shuffled"])]
     out = {k: torch.cat([r[k] for r in rows]).mean().item() for k in rows[0]}
@@ -116,21 +146,60 @@ def loss_by_time(world, dataset, n, use_actions=True, bins=4):
     return {"loss": out["clip_flow"].mean().item(), **result}
 
 
+@torch.no_grad()
+def align(world, batch, known=None):
+    """How well latent actions and generator fit each other, on a fixed batch of held-out clips; reviewers of the paper asked.
+
+    Args:
+        batch: clips; of each, as many frames are used as the generator sees at once.
+        known: clips with discrete `effects`, or None.
+
+    Returns:
+        dict: `latent_var`, variance of the latent actions; `cka` of latent actions and what the action modules make of
+        them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips swap their
+        actions; `nmi` of codes and effects, if they are known.
+    """
+    device, r = next(world.parameters()).device, world.vae.time_stride
+    frames = 1 + world.cfg.window * r
+    cut = lambda data: to_video(data["video"][:, :frames], device)
+    video, fps = cut(batch), batch["fps"].to(device)
+    actions, x0 = world.pack(world.lam.encode(video)[0]), world.vae.encode(video)
+    b, c, l, h, w = x0.shape
+    t = shift_time(0.5, time_ratio(world.cfg.time_shift, h * w * world.vae.pixel_stride ** 2, l))
+    t = torch.full((b, l), t, device=device)
+    t[:, 0] = 0
+    mix = t[:, None, :, None, None]
+    x = (1 - mix) * x0 + mix * Draw(0, 2, device=device)(torch.randn, *x0.shape)
+    v, swapped = (world.dit(x, t, a, fps)[:, :, 1:].float() for a in (actions, actions.roll(1, 0)))
+    features = world.dit.action.features(actions)[:, 1:]                        # (b, l-1, d)
+    out = {"latent_var": actions.var((0, 1)).mean().item(), "cka": cka(actions.flatten(0, 1), features.flatten(0, 1)),
+           "sensitivity": ((swapped - v).norm() / v.norm().clamp(min=1e-12)).item()}
+    if known:
+        codes = code_numbers(world, world.lam.encode(cut(known))[1])
+        out["nmi"] = nmi(codes.flatten().cpu(), known["effects"][:, :frames - 1].flatten())
+    return out
+
+
 def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, **sampling):
     """Everything that a run measures on held-out clips.
 
     Args:
         dataset: held-out clips of the training mixture.
+        clips: how many are dreamed; 0 (a LAM without a generator): none.
         labelled: (name, train dataset, held-out dataset) with true actions, for the probe; NMI where `effects` are known
             and actions are discrete.
 
     Returns:
-        dict of numbers (None where the data do not allow one), and the videos of `predict`.
+        dict of numbers (None where the data do not allow one), and the videos of `predict`, or None.
     """
     found = infer(world, dataset, -(-transitions // (dataset.frames - 1)))
     out = codebook_metrics(found["indices"].flatten(0, 1)[:transitions], world.lam.cfg.num_codes)
-    prediction, shown = predict(world, dataset, clips, **sampling)
-    out |= prediction | loss_by_time(world, dataset, clips)
+    if clips:
+        prediction, shown = predict(world, dataset, clips, **sampling)
+        out |= prediction | loss_by_time(world, dataset, clips)
+    else:
+        out |= dict.fromkeys(("psnr", "psnr_shuffled", "psnr_null", "psnr_copy", "controllability"))
+        shown = None
     probes, out["nmi"] = [], None
     for name, train, test in labelled:
         n = -(-pairs // (test.frames - 1))

@@ -95,8 +95,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, d, ratio=4):
         super().__init__()
-        self.fc1 = nn.Linear(d, int(ratio * d))
-        self.fc2 = nn.Linear(int(ratio * d), d)
+        self.fc1 = nn.Linear(d, round(ratio * d))
+        self.fc2 = nn.Linear(round(ratio * d), d)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -273,16 +273,35 @@ class LAM(nn.Module):
             z = z + 0.5 * self.cfg.latent_scale * noise
         return z, indices, 0 * loss                 # not a constant: under DDP every parameter must take part
 
-    def forward(self, video):
+    def forward(self, video, draw=None):
         """Two-stage loss: teacher-forced pixel MSE of the FDM (equation 1, appendix B.3) plus the VQ losses.
 
         Args:
             video: (b, 3, t, h, w) floats in [-1, 1].
+            draw: as for `encode`.
 
         Returns:
             loss, and a dict with `mse`, `vq` and `indices` (b, t-1, k).
         """
-        z, indices, vq = self.encode(video)
+        z, indices, vq = self.encode(video, draw)
         video = resize(video, self.cfg.size)
         mse = F.mse_loss(self.fdm(video[:, :, :-1], z), video[:, :, 1:])
         return mse + vq, {"mse": mse.detach(), "vq": vq.detach(), "indices": indices}
+
+
+class Adapter(nn.Module):
+    """From real actions to the latent action's codes: a two-layer MLP (section 4.4, appendix C.2; its width is ours).
+
+    Args:
+        action_dim: a, of the real actions.
+        cfg: LAMConfig of the latent actions.
+    """
+
+    def __init__(self, action_dim, cfg, width=256):
+        super().__init__()
+        self.action_dim, self.cfg = action_dim, cfg
+        self.mlp = nn.Sequential(nn.Linear(action_dim, width), nn.GELU(), nn.Linear(width, cfg.tokens * cfg.num_codes))
+
+    def forward(self, actions):
+        """real actions (b, t-1, a) -> logits of the codes (b, t-1, k, num_codes)"""
+        return self.mlp(actions).unflatten(-1, (self.cfg.tokens, self.cfg.num_codes))

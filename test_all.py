@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,16 +17,17 @@ from safetensors.torch import load_file, save_file
 import toy
 from data import ToyClips, VideoClips, loader, random_crop
 from dit import DiT, DiTConfig, KVCache, load_opensora
-from evaluate import nmi, predict, probe, psnr
-from flow import Draw, FlowConfig, World, load_world, sample, shift_time, time_ratio
-from lam import LAM, LAMConfig, Standardize
+from evaluate import align, cka, collapsed, nmi, predict, probe, psnr
+from flow import Draw, FlowConfig, World, build, load_checkpoint, load_world, sample, shift_time, time_ratio
+from lam import LAM, Adapter, LAMConfig, Standardize
+from train import parse
 from vae import LatentCache, OpenSoraVAE, PixelVAE, load_opensora_vae
 from vq import VectorQuantizer, codebook_metrics
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STDIT, VAE = (os.path.join(HERE, "assets", "fixtures", name) for name in ("stdit3_tiny", "vae_tiny"))
 SMALL = ["--hidden", "16", "--depth", "1", "--heads", "2", "--action_depth", "1", "--lam_width", "16", "--lam_depth", "1",
-         "--batch", "4", "--vq_start", "0", "--sampling_steps", "2", "--log_every", "2"]
+         "--fdm_depth", "1", "--batch", "4", "--vq_start", "0", "--sampling_steps", "2", "--log_every", "2", "--eval_transitions", "64", "--eval_clips", "4"]
 
 
 def small_world(seed=0, **lam):
@@ -43,12 +45,29 @@ def video(b=2, t=6, size=8, seed=0):
     return torch.rand(b, 3, t, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+def start(script, *args, cwd, processes=1, restarts=0):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), os.path.join(HERE, script), *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
 def run(script, *args, cwd, ok=True, processes=1, timeout=300):
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(start + [os.path.join(HERE, script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
+    process = start(script, *args, cwd=cwd, processes=processes)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode == 0) == ok, out + err
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def until(condition, process, seconds=100):
+    """Wait for a condition while the process lives."""
+    limit = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < limit:
+        time.sleep(0.01)
+    assert condition(), process.communicate(timeout=10) if process.poll() is not None else "too slow"
 
 
 def complaint(done):
@@ -563,6 +582,34 @@ def test_psnr_known_answers():
     assert torch.equal(psnr(x, x), torch.full((2,), 60.0))
 
 
+def test_cka_and_collapse_known_answers():
+    x = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0))
+    turn = torch.linalg.qr(torch.randn(5, 5))[0]
+    assert cka(x, 3 * x @ turn + 1) == pytest.approx(1, abs=1e-6) and cka(x, torch.randn(2000, 5)) < 0.05 and cka(x, torch.ones(2000, 3)) == 0
+    codes = torch.tensor([[0, 1]] * 96 + [[1, 0]] * 4)          # two codes in use, yet no information
+    assert collapsed(codes) and not collapsed(codes[40:])
+
+
+def test_alignment_of_a_world_that_ignores_actions():
+    world, data = small_world(), ToyClips("cross", 8, 4)
+    world.cfg.window = 3
+    good = align(world, data[range(32)], data[range(32)])
+    assert 0 < good["cka"] <= 1 and good["sensitivity"] > 0 and good["latent_var"] > 0 and -0.5 < good["nmi"] <= 1
+    world.dit.action.mlp[2].weight.data.zero_()
+    assert align(world, data[range(32)])["sensitivity"] == 0
+
+
+def test_adapter_learns_codes_from_real_actions():
+    torch.manual_seed(0)
+    adapter = Adapter(3, LAMConfig(num_codes=8, tokens=2))
+    actions, optimizer = torch.rand(64, 5, 3), torch.optim.Adam(adapter.parameters(), 1e-2)
+    codes = (actions[..., :2] * 8).long()                                       # (b, t-1, k)
+    for _ in range(300):
+        loss = torch.nn.functional.cross_entropy(adapter(actions).flatten(0, 2), codes.flatten())
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert adapter(actions).shape == (64, 5, 2, 8) and (adapter(actions).argmax(-1) == codes).float().mean() > 0.9
+
+
 def test_nmi_known_answers():
     e = torch.randint(0, 5, (4000,), generator=torch.Generator().manual_seed(0))
     assert nmi(3 * e + 1, e) == pytest.approx(1, abs=0.01)
@@ -611,28 +658,89 @@ def test_joint_training_from_nothing(tmp_path):
     assert (tmp_path / "out/a.1/ckpt.pt").exists() and result(tmp_path, "a")[0][0]["phase"] == "e2e"
 
 
-def test_warmup_leaves_the_body_bit_equal_and_e2e_trains_all(tmp_path):
-    states = {}
-    for name, steps in {"none": (2, 0, 1), "warm": (2, 4, 0), "both": (2, 4, 4)}.items():
-        mode = ["--mode", "pretrain"] if name == "none" else []
-        run("train.py", "--name", name, *mode, "--pretrain", steps[0], "--warmup", steps[1], "--e2e", steps[2], *SMALL, cwd=tmp_path)
-        states[name] = load_world(str(tmp_path / "out" / name)).state_dict()
-    body = [k for k in states["warm"] if k.startswith("dit.") and ".action." not in k]
-    rest = [k for k in states["warm"] if k not in body and "norm" not in k]
-    same = lambda a, b, keys: [k for k in keys if torch.equal(states[a][k], states[b][k])]
-    assert len(body) > 20 and same("none", "warm", body) == body and same("none", "warm", rest) == []
-    assert same("warm", "both", [k for k in body + rest if "scale_shift" not in k]) == []
+def groups(lam, dit):
+    """What trains together: {group: tensors}. Running moments are the LAM's too."""
+    parts = {"lam": [v for k, v in lam.items() if not k.startswith("fdm.")], "fdm": [v for k, v in lam.items() if k.startswith("fdm.")],
+             "action": [v for k, v in dit.items() if k.startswith("action.")], "body": [v for k, v in dit.items() if not k.startswith("action.")]}
+    return {k: v for k, v in parts.items() if v}
 
 
-def test_ddp_on_two_processes(tmp_path):
-    args = ["--mode", "joint", "--pretrain", 2, "--warmup", 4, "--e2e", 4, "--vq_start", 3, "--standardize", 1]
-    small = [s for s in SMALL]
-    del small[small.index("--vq_start"):small.index("--vq_start") + 2]
-    run("train.py", "--name", "two", *args, *small, cwd=tmp_path, processes=2)
-    run("train.py", "--name", "one", *args, *small, cwd=tmp_path)
-    one, two = (load_world(str(tmp_path / "out" / n)).state_dict() for n in ("one", "two"))
-    for k in one:                           # the global batch is honoured: two halves equal one whole
-        assert torch.allclose(one[k], two[k], atol=2e-3), k
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with two runs to start from."""
+    folder = tmp_path_factory.mktemp("trained")
+    run("train.py", "--name", "joint", "--pretrain", 2, "--warmup", 2, "--e2e", 2, *SMALL, cwd=folder)
+    run("train.py", "--name", "two", "--mode", "two-stage", "--pretrain", 2, "--lam_steps", 2, "--wm_steps", 0, *SMALL, cwd=folder)
+    return folder
+
+
+# the README's table of arms: what each phase trains, and that the rest stays bit-equal
+ARMS = {
+    "joint": ([], {"pretrain": "body", "warmup": "lam action", "e2e": "lam action body"}),
+    "two-stage": (["--mode", "two-stage"], {"pretrain": "body", "lam": "lam fdm", "wm": "action body"}),
+    "naive": (["--warmup", "0"], {"pretrain": "body", "e2e": "lam action body"}),
+    "naive, trained IDM": (["--warmup", "0", "--init_lam", "out/two"], {"pretrain": "body", "e2e": "lam action body"}),
+    "both random": (["--warmup", "0", "--pretrain", "0"], {"e2e": "lam action body"}),
+    "pure warm-up": (["--e2e", "0"], {"pretrain": "body", "warmup": "lam action"}),
+    "frozen LAM": (["--freeze_lam"], {"pretrain": "body", "warmup": "lam action", "e2e": "action body"}),
+    "branch": (["--init", "out/joint", "--warmup", "0"], {"e2e": "lam action body"}),
+    "second stage on a joint LAM": (["--mode", "two-stage", "--init_lam", "out/joint", "--lam_steps", "0"], {"pretrain": "body", "wm": "action body"}),
+    "adapt": (["--mode", "adapt", "--init", "out/joint", "--data", "held-out"], {"adapter": "", "adapt": "action body"}),
+    "pre-training": (["--mode", "pretrain", "--dit_weights", "out/joint"], {"pretrain": "body"}),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_each_phase_trains_its_groups_and_leaves_the_rest_bit_equal(arm, trained, monkeypatch):
+    args, want = ARMS[arm]
+    monkeypatch.chdir(trained)
+    steps = [a for k in ("pretrain", "warmup", "e2e", "lam_steps", "wm_steps", "adapter_steps", "adapt_steps") if f"--{k}" not in args for a in (f"--{k}", "3")]
+    args = ["--name", "x", *args, *steps, *SMALL, "--keep", "9", "--ckpt_every", "100", "--standardize", "1"]
+    world = build(parse(args))
+    before = groups(world.lam.state_dict(), world.dit.state_dict())
+    run("train.py", *args, cwd=trained)
+    for i, (phase, trains) in enumerate(want.items()):
+        last = i == len(want) - 1
+        state = load_checkpoint("out/x/ckpt.pt" if last else f"out/x/ckpt-{3 * i + 3:08d}.pt")
+        after = groups(state["lam"], state["dit"])
+        assert state["phase"] == phase and after.keys() == before.keys()
+        for name in after:
+            same = [torch.equal(a, b) for a, b in zip(after[name], before[name])]
+            assert (sum(same) < len(same) / 2) if name in trains.split() else all(same), (phase, name)
+        before = after
+
+
+def test_modes_start_from_the_same_weights():
+    a, b = (build(parse(["--mode", mode])) for mode in ("joint", "two-stage"))
+    for part in ("lam", "dit"):
+        mine, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in mine.items()) and all(k.startswith("fdm.") for k in theirs.keys() - mine.keys())
+
+
+def near(folder, a, b, args, tolerance=0.02):
+    """Two runs have moved to the same weights, up to a small share of the way from where they started."""
+    a, b = (load_checkpoint(str(folder / "out" / name)) for name in (a, b))
+    world = build(parse([str(x) for x in args]))
+    for part in ("lam", "dit"):
+        for k, first in getattr(world, part).state_dict().items():
+            assert (a[part][k] - b[part][k]).norm() <= tolerance * (a[part][k] - first).norm() + 1e-6, k
+
+
+@pytest.mark.parametrize("args", [["--mode", "two-stage", "--pretrain", 0, "--lam_steps", 20, "--wm_steps", 20],
+                                  ["--pretrain", 2, "--warmup", 20, "--e2e", 20, "--vq_start", 0.3]])
+def test_two_processes_of_4_clips_equal_one_of_8(args, tmp_path):
+    """In LAM, WM and both joint phases; codebook, k-means and running moments included."""
+    args = [*SMALL, "--batch", 8, "--standardize", 1, "--lr", "3e-4", "--frames", 4, *args]
+    run("train.py", "--name", "one", *args, cwd=tmp_path)
+    run("train.py", "--name", "two", *args, cwd=tmp_path, processes=2)
+    near(tmp_path, "one", "two", args)
+
+
+def test_parts_of_a_batch_equal_the_whole(tmp_path):
+    args = [*SMALL, "--batch", 8, "--standardize", 0, "--lr", "3e-4", "--frames", 4, "--pretrain", 2, "--warmup", 5, "--e2e", 5]
+    run("train.py", "--name", "one", *args, cwd=tmp_path)
+    run("train.py", "--name", "parts", *args, "--accumulate", 4, cwd=tmp_path)
+    near(tmp_path, "one", "parts", args)
 
 
 @pytest.mark.parametrize("args, words", [
@@ -647,6 +755,11 @@ def test_ddp_on_two_processes(tmp_path):
     (["--warmup", "-1"], "at least 0"),
     (["--batch", "many"], "not a number"),
     (["--pretrain", "0", "--warmup", "0", "--e2e", "0"], "nothing to train"),
+    (["--mode", "adapt"], "needs --init"),
+    (["--mode", "two-stage", "--lam_steps", "0"], "needs --init_lam"),
+    (["--resume", "nowhere"], "not the folder of a run"),
+    (["--batch", "16", "--accumulate", "3"], "multiple of processes x --accumulate"),
+    (["--vq_start", "1"], "below 1"),
     (["--dit_weights", "/no/such/run"], "no checkpoint"),
     (["--vae_weights", "/no/such/vae"], "no such file"),
     (["--vae_weights", VAE, "--size", "32", "--frames", "16"], "this VAE needs 5, 9,"),
@@ -663,15 +776,119 @@ def test_bad_input_gets_one_line(args, words, tmp_path):
 
 
 def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), "--name", "a", "--pretrain", "100000", "--ckpt_every", "5", *SMALL],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("train.py", "--name", "a", "--pretrain", "100000", "--ckpt_every", "5", *SMALL, cwd=tmp_path)
     kept = tmp_path / "out/a/ckpt.pt"
-    while not kept.exists() and process.poll() is None:
-        time.sleep(0.1)
+    until(kept.exists, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in err and f"{os.path.join('out', 'a')}/ckpt.pt" in err.splitlines()[-1]
     load_world(str(kept))
+
+
+# stops of all kinds ---------------------------------------------------------------------------------------------------
+
+LONG = ["--pretrain", "100", "--warmup", "100", "--e2e", "200", "--ckpt_every", "3", *SMALL, "--vq_start", "0.4", "--log_every", "20", "--standardize", "1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs of one and of two processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("train.py", "--name", "1", *LONG, cwd=folder)
+    run("train.py", "--name", "2", *LONG, cwd=folder, processes=2)
+    return folder
+
+
+def equal(a, b):
+    a, b = (load_checkpoint(str(path)) for path in (a, b))
+    assert a["step"] == b["step"] and all(torch.equal(v, b[part][k]) for part in ("lam", "dit") for k, v in a[part].items())
+    same = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    assert all(same(v, b["optimizer"]["state"][i][k]) for i, moments in a["optimizer"]["state"].items() for k, v in moments.items())
+
+
+def newest_step(out):
+    try:
+        return max(json.loads(line)["step"] for line in open(out / "metrics.jsonl"))
+    except (OSError, ValueError):
+        return -1
+
+
+@pytest.mark.parametrize("processes, kills", [(1, 10), (2, 1)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(processes, kills, whole, tmp_path):
+    chance, out = random.Random(0), tmp_path / "out/k"
+    for kill in range(kills + 1):
+        known = (out / "ckpt.pt").stat().st_mtime_ns if (out / "ckpt.pt").exists() else 0
+        process = start("train.py", *(["--resume", "out/k"] if known else ["--name", "k", *LONG]), cwd=tmp_path, processes=processes)
+        if kill == kills:
+            _, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err
+            break
+        until(lambda: (out / "ckpt.pt").exists() and (out / "ckpt.pt").stat().st_mtime_ns != known, process)
+        time.sleep(chance.random() * 0.3)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    equal(out, whole / "out" / str(processes))
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    steps = [r["step"] for r in rows if r["event"] == "train"]
+    assert steps == sorted(set(steps)) and steps[-1] == 400 and rows[-1]["event"] == "result"
+
+
+def test_a_dead_rank_is_restarted_by_torchrun(whole, tmp_path):
+    process = start("train.py", "--name", "k", *LONG, cwd=tmp_path, processes=2, restarts=1)
+    until((tmp_path / "out/k/ckpt.pt").exists, process)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if int(open(f"/proc/{pid}/stat").read().split()[3]) == process.pid and b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read():
+                os.kill(int(pid), signal.SIGKILL)
+        except OSError:
+            continue
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and "goes on at step" in out, out + err
+    equal(tmp_path / "out/k", whole / "out/2")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_writes_a_last_checkpoint(processes, whole, tmp_path):
+    process = start("train.py", "--name", "k", *LONG, "--ckpt_every", 1000, cwd=tmp_path, processes=processes)
+    until(lambda: newest_step(tmp_path / "out/k") >= 20, process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    step = load_checkpoint(str(tmp_path / "out/k"))["step"]
+    assert process.returncode != 0 and f"ended by SIGTERM at step {step}" in err and step >= 20
+    run("train.py", "--resume", "out/k", cwd=tmp_path, processes=processes)
+    equal(tmp_path / "out/k", whole / "out" / str(processes))
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, whole, tmp_path):
+    run("train.py", "--name", "k", *LONG[:-6], "--keep", 2, "--ckpt_every", 150, cwd=tmp_path)
+    newest = tmp_path / "out/k/ckpt.pt"
+    assert sorted(f.name for f in newest.parent.glob("ckpt*")) == ["ckpt-00000200.pt", "ckpt-00000300.pt", "ckpt.pt"]
+    if harm == "gone":
+        newest.unlink()
+    else:
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content[:len(content) // 2] if harm == "truncated" else content)
+    done = run("train.py", "--resume", "out/k", cwd=tmp_path)
+    assert "goes on at step 300" in done.stdout and (harm == "gone" or "ckpt.pt: not a whole checkpoint" in done.stderr)
+    assert load_checkpoint(str(newest))["step"] == 400
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    done = run("train.py", "--name", "k", "--pretrain", 50, "--lr", "1e30", "--lr_warmup", 0, "--ckpt_every", 1, *SMALL, cwd=tmp_path, ok=False)
+    line = done.stderr.splitlines()[-1]
+    step = load_checkpoint(str(tmp_path / "out/k"))["step"]
+    assert f"not finite at step {step}; the last checkpoint, of step {step}, is out/k/ckpt.pt" in line and "Traceback" not in done.stderr
+    assert all(v.isfinite().all() for v in load_checkpoint(str(tmp_path / "out/k"))["dit"].values())
+
+
+def test_a_collapsed_codebook_raises_the_alarm_once_and_the_run_goes_on(tmp_path):
+    run("train.py", "--name", "k", "--pretrain", 0, "--warmup", 0, "--e2e", 8, *SMALL, "--latent_scale", "1e-6", cwd=tmp_path)
+    rows, last = result(tmp_path, "k")
+    assert [r["message"] for r in rows if r["event"] == "alarm"] == ["the codebook has collapsed: nearly all transitions have the same codes"]
+    assert last["event"] == "result"
 
 
 def test_real_video_trains_and_says_what_it_cannot_measure(films, tmp_path):

@@ -1,22 +1,24 @@
-"""Train a latent action world model: pre-train a generator, warm up, co-evolve.
+"""Train a latent action world model: pre-train a generator, warm up, co-evolve; or in two stages; or adapt it.
 
     python train.py                                                             # the toy world, on a laptop
     torchrun --nproc_per_node 8 train.py --mode joint --warmup 8000             # DDP
+    python train.py --resume out/toy                                            # go on after a stop
 
 Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe). A phase is a row of `phases`.
-Output in out/NAME: config.json, metrics.jsonl, ckpt.pt, samples/*.gif.
+Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones, samples/*.gif.
 """
 
 import argparse
-import contextlib
 import json
 import os
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 
-import imageio.v3 as imageio
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -25,12 +27,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import toy
-from data import DataError, clips, loader, random_crop, to_video
-from dit import DiT, DiTConfig, load_opensora
-from evaluate import loss_by_time, report
-from flow import Draw, FlowConfig, World, load_checkpoint
-from lam import LAM, LAMConfig
-from vae import LatentCache, OpenSoraVAE, PixelVAE, load_opensora_vae
+from data import TOY, DataError, clips, loader, random_crop, to_video
+from evaluate import align, collapsed, loss_by_time, report, save_gif
+from flow import Draw, build, checkpoints, newest, restore, save
+from lam import Adapter
+from vae import LatentCache
 from vq import codebook_metrics
 
 
@@ -43,15 +44,25 @@ class Config:
     # the run
     name: str = setting("toy", "run name; everything is written to out/NAME, an older run there is moved aside")
     preset: str = setting("tiny", "tiny (a laptop's CPU), small (one GPU) or opensora (the paper)")
-    mode: str = setting("joint", "joint: the generator is the forward model; pretrain: the generator alone, without actions")
+    mode: str = setting("joint", "joint: the generator is the forward model; two-stage: first LAM with FDM, then the generator on the frozen LAM; "
+                        "pretrain: the generator alone, without actions; adapt: to the real actions of --data, from --init")
     data: str = setting("toy", "toy, or a video file, or a folder of video files")
     seed: int = setting(0, "seed of weights, data order and noise")
-    pretrain: int = setting(300, "steps without actions, on web clips for the toy world; 0 or --dit_weights: none")
-    warmup: int = setting(100, "steps with the generator frozen")
-    e2e: int = setting(3000, "steps end to end")
+    pretrain: int = setting(300, "steps without actions, on web clips for the toy world; none with --dit_weights or --init")
+    warmup: int = setting(100, "joint: steps with the generator frozen")
+    e2e: int = setting(3000, "joint: steps end to end")
+    lam_steps: int = setting(1500, "two-stage: steps of LAM and FDM")
+    wm_steps: int = setting(1600, "two-stage: steps of the world model on the frozen LAM")
+    adapter_steps: int = setting(1000, "adapt: steps of the adapter from real actions to codes, on 4 batches each")
+    adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM")
+    freeze_lam: bool = setting(False, "joint: the LAM is frozen after warm-up")
+    init: str = setting("none", "run folder or checkpoint whose LAM, generator and action modules to start from, with their sizes")
+    init_lam: str = setting("none", "run folder or checkpoint whose LAM to start from, with its sizes")
+    resume: str = setting("none", "run folder to go on in, with its settings")
     dit_weights: str = setting("none", "generator to start from, with its sizes: Open-Sora's folder or file, or a run of ours (not its action modules)")
     vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file; none: the model works on pixels")
     batch: int = setting(16, "clips a step, over all ranks")
+    accumulate: int = setting(1, "parts of a rank's batch that go through the model one after the other (--standardize sees each alone)")
     frames: int = setting(2, "frames a training clip, T; dreams see the last T-1")
     eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first")
     size: int = setting(16, "pixels of a square frame")
@@ -63,7 +74,10 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient")
     log_every: int = setting(50, "steps between log lines")
     eval_every: int = setting(1000, "steps between evaluations on held-out clips")
+    eval_clips: int = setting(64, "held-out clips that are dreamed at the end, half as many before")
+    eval_transitions: int = setting(4096, "held-out transitions for probe and NMI at the end, a quarter before; half for the codebook")
     ckpt_every: int = setting(500, "steps between checkpoints")
+    keep: int = setting(1, "older checkpoints to keep, as ckpt-STEP.pt")
     device: str = setting("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps")
     compile: bool = setting(False, "torch.compile the DiT")
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
@@ -83,7 +97,8 @@ class Config:
     odd: bool = setting(True, "(ours) latent actions are odd in time: the reversed pair has the opposite one")
     difference: bool = setting(False, "(ours) the IDM sees frame differences instead of frames")
     standardize: bool = setting(True, "(ours) normalise the IDM's output before quantizing")
-    vq_start: int = setting(1200, "(ours) steps of warm-up and e2e with continuous latent actions; then k-means sets the codebook")
+    fdm_depth: int = setting(2, "two-stage: blocks of the FDM")
+    vq_start: float = setting(0.39, "(ours) first share of the LAM's steps with continuous latent actions, after which k-means sets the codebook; 0: none")
     # world model
     hidden: int = setting(128, "the DiT's width")
     depth: int = setting(2, "the DiT's pairs of a spatial and a temporal block")
@@ -100,33 +115,39 @@ PRESETS = {
     "tiny": {},                 # the defaults above
     # not yet trained: no GPU was at hand
     "small": dict(size=64, frames=16, eval_frames=16, batch=64, hidden=384, depth=8, heads=6, action_depth=6, time_shift="100", crop=0.8,
-                  lam_size=64, lam_patch=8, lam_width=384, lam_depth=6, lam_heads=6, num_codes=32, code_dim=32,
-                  pretrain=20000, warmup=8000, e2e=22000, vq_start=10000, lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
+                  lam_size=64, lam_patch=8, lam_width=384, lam_depth=6, lam_heads=6, fdm_depth=6, num_codes=32, code_dim=32,
+                  pretrain=20000, warmup=8000, e2e=22000, lam_steps=15000, wm_steps=15000, adapt_steps=3000, lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
     # the paper (appendix B); the share of the crop is ours. Paths are where a download beside the code would lie
     "opensora": dict(data="videos", dit_weights="OpenSora-STDiT-v3", vae_weights="OpenSora-VAE-v1.2",
-                     size=256, frames=17, eval_frames=17, batch=128, crop=0.8, pretrain=0, warmup=8000, e2e=52000, lr=7.5e-5, lr_warmup=2000,
-                     cooldown=0.0, lam_lr=1.0, vq_start=0, pairs=False, odd=False, standardize=False, latent_scale=1.0,
-                     lam_size=224, lam_patch=14, lam_width=768, lam_depth=12, lam_heads=12, num_codes=32, code_dim=32,
+                     size=256, frames=17, eval_frames=17, batch=128, crop=0.8, pretrain=0, warmup=8000, e2e=52000, lam_steps=30000,
+                     wm_steps=30000, adapt_steps=3000, lr=7.5e-5, lr_warmup=2000, cooldown=0.0, lam_lr=1.0, vq_start=0.0, pairs=False, odd=False, standardize=False, latent_scale=1.0,
+                     lam_size=224, lam_patch=14, lam_width=768, lam_depth=12, lam_heads=12, fdm_depth=12, num_codes=32, code_dim=32,
                      hidden=1152, depth=28, heads=16, patch=2, action_depth=6, action_std=0.01, time_shift="auto", guidance=4.0,
                      eval_every=2000, ckpt_every=1000),
 }
 
 
 def phases(cfg):
-    """What a run does, in order. A row: steps, data, groups of parameters that train, whether actions are used, and the
-    first step and length of its learning-rate schedule (pre-training has one of its own)."""
-    pretrain = dict(name="pretrain", steps=cfg.pretrain, data="web" if cfg.data == "toy" else cfg.data, train={"body"}, actions=False)
-    warmup = dict(name="warmup", steps=cfg.warmup, data=cfg.data, train={"lam", "action"}, actions=True)
-    e2e = dict(name="e2e", steps=cfg.e2e, data=cfg.data, train={"lam", "action", "body"}, actions=True)
-    pretrained = [pretrain] if cfg.dit_weights == "none" and cfg.pretrain else []
-    main = [] if cfg.mode == "pretrain" else [p for p in (warmup, e2e) if p["steps"]]
-    first = 0
-    for schedule in (pretrained, main):
-        length = sum(p["steps"] for p in schedule)
-        for p in schedule:
-            p.update(first=first, length=length)
+    """What a run does, in order: who trains for how many steps. Phases of one schedule share a learning-rate schedule, which
+    starts at step `first` and is `length` steps long: models that are trained apart have one each."""
+    e2e = {"action", "body"} if cfg.freeze_lam else {"lam", "action", "body"}
+    schedules = {"pretrain": [],
+                 "two-stage": [[("lam", cfg.lam_steps, {"lam", "fdm"})], [("wm", cfg.wm_steps, {"action", "body"})]],
+                 "joint": [[("warmup", cfg.warmup, {"lam", "action"}), ("e2e", cfg.e2e, e2e)]],
+                 "adapt": [[("adapter", cfg.adapter_steps, {"adapter"})], [("adapt", cfg.adapt_steps, {"action", "body"})]]}[cfg.mode]
+    if cfg.mode == "pretrain" or cfg.dit_weights == cfg.init == "none":
+        schedules = [[("pretrain", cfg.pretrain, {"body"})]] + schedules
+    rows, first = [], 0
+    for schedule in schedules:
+        length = sum(steps for _, steps, _ in schedule)
+        for name, steps, train in schedule:
+            rows.append(dict(name=name, steps=steps, train=train, first=first, length=length,
+                             data="web" if name == "pretrain" and cfg.data in TOY else cfg.data,
+                             batch=4 * cfg.batch if name == "adapter" else cfg.batch,
+                             crop=cfg.crop if train & {"lam"} or name == "pretrain" else 1.0,       # none where the LAM is frozen
+                             dreams=name not in ("pretrain", "lam", "adapter")))                    # the generator learns actions
         first += length
-    return pretrained + main
+    return [row for row in rows if row["steps"]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,7 +162,7 @@ def flag(kind, text):
 
 
 def parse(argv):
-    """Config from the command line: the preset's values, and over them what was given."""
+    """Config from the command line: the values of the preset, or of the run to resume, and over them what was given."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
         switch = {"nargs": "?", "const": "1"} if f.type is bool else {}
@@ -154,94 +175,72 @@ def parse(argv):
                 given[f.name] = flag(f.type, given[f.name])
             except (ValueError, KeyError):
                 parser.error(f"--{f.name} {given[f.name]}: not {'0 or 1' if f.type is bool else 'a number'}")
-    for name, choices in {"preset": PRESETS, "mode": ("joint", "pretrain"), "device": ("auto", "cpu", "cuda", "mps")}.items():
+    for name, choices in {"preset": PRESETS, "mode": ("joint", "two-stage", "pretrain", "adapt"), "device": ("auto", "cpu", "cuda", "mps")}.items():
         if name in given and given[name] not in choices:
             parser.error(f"--{name} {given[name]}: choose from {', '.join(choices)}")
-    cfg = Config(**(PRESETS[given.get("preset", "tiny")] | given))
-    least = {"frames": 2, "eval_frames": 2, "batch": 1, "size": 1, "log_every": 1, "eval_every": 1, "ckpt_every": 1, "num_codes": 2, "sampling_steps": 1}
+    base = PRESETS[given.get("preset", "tiny")]
+    if given.get("mode") == "adapt":
+        base = base | {"batch": 16}             # the paper's (appendix C.2)
+    # a rank that torchrun restarts goes on where its checkpoint is
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(os.path.join("out", given.get("name", Config.name))):
+        given.setdefault("resume", os.path.join("out", given.get("name", Config.name)))
+    if given.get("resume", "none") != "none":
+        try:
+            with open(os.path.join(given["resume"], "config.json")) as f:
+                base = json.load(f)
+        except (OSError, ValueError):
+            parser.error(f"--resume {given['resume']}: not the folder of a run")
+    try:
+        cfg = Config(**(base | given))
+    except TypeError:
+        parser.error(f"--resume {given['resume']}: the run of another version, with other settings")
+    least = {"frames": 2, "eval_frames": 2, "batch": 1, "accumulate": 1, "size": 1, "log_every": 1, "eval_every": 1, "eval_clips": 1,
+             "eval_transitions": 2, "ckpt_every": 1, "num_codes": 2, "sampling_steps": 1}
     for f in fields(Config):
         value = getattr(cfg, f.name)
-        if f.type in (int, float) and value < least.get(f.name, 0):
+        if f.type in (int, float) and not value >= least.get(f.name, 0):
             parser.error(f"--{f.name} {value}: must be at least {least.get(f.name, 0)}")
-    if cfg.batch % int(os.environ.get("WORLD_SIZE", 1)):
-        parser.error(f"--batch {cfg.batch}: must be a multiple of the number of processes, {os.environ['WORLD_SIZE']}")
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.accumulate
+    if cfg.batch % parts:
+        parser.error(f"--batch {cfg.batch}: must be a multiple of processes x --accumulate, {parts}")
     if not phases(cfg):
         parser.error("nothing to train: every phase has 0 steps")
-    if cfg.latent_cache != "none" and (cfg.crop < 1 or cfg.vae_weights == "none"):
-        parser.error(f"--latent_cache {cfg.latent_cache}: needs --crop 1, as every crop has other latents, and --vae_weights")
+    if cfg.vq_start >= 1:
+        parser.error(f"--vq_start {cfg.vq_start}: a share of the LAM's steps, below 1")
+    if cfg.mode == "adapt" and cfg.init == "none":
+        parser.error("--mode adapt: needs --init, a trained world")
+    if cfg.mode == "two-stage" and not cfg.lam_steps and cfg.init == cfg.init_lam == "none":
+        parser.error("--lam_steps 0: needs --init_lam or --init, a trained LAM")
+    if cfg.init != "none" and (cfg.init_lam != "none" or cfg.dit_weights not in ("none", base.get("dit_weights"))):
+        parser.error("--init: brings LAM and generator; --init_lam and --dit_weights would replace them")
+    if cfg.latent_cache != "none" and (cfg.vae_weights == "none" or not any(p["crop"] == 1 and p["dreams"] for p in phases(cfg))):
+        parser.error(f"--latent_cache {cfg.latent_cache}: needs --vae_weights, and --crop 1 as every crop has other latents")
     return cfg
 
 
-def load_generator(path, **action):
-    """DiT with the weights of a run of ours or of Open-Sora, and fresh action modules."""
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "ckpt.pt")):
-        return load_opensora(path, **action)
-    try:
-        state = load_checkpoint(path)
-    except ValueError:
-        return load_opensora(path, **action)
-    dit = DiT(replace(DiTConfig(**state["world"]["dit"]), **action))
-    dit.load_state_dict(dit.state_dict() | {k: v for k, v in state["dit"].items() if not k.startswith("action.")})
-    return dit
-
-
-def build(cfg, absent=()):
-    """World with fresh weights, but for those that --dit_weights and --vae_weights name, unless they are `absent`."""
-    lam = LAMConfig(cfg.lam_size, cfg.lam_patch, cfg.lam_width, cfg.lam_depth, cfg.lam_heads, 0, cfg.num_codes, cfg.code_dim,
-                    cfg.tokens, cfg.pairs, cfg.odd, cfg.difference, cfg.standardize, cfg.latent_scale)
-    vae = PixelVAE() if cfg.vae_weights == "none" else OpenSoraVAE() if "vae_weights" in absent else load_opensora_vae(cfg.vae_weights)
-    action = dict(action_dim=vae.time_stride * cfg.tokens * cfg.code_dim, action_depth=cfg.action_depth,
-                  action_scale=cfg.latent_scale, action_std=cfg.action_std)
-    if cfg.dit_weights == "none" or "dit_weights" in absent:
-        outputs = vae.channels if cfg.vae_weights == "none" else 2 * vae.channels
-        dit = DiT(DiTConfig(cfg.hidden, cfg.heads, cfg.depth, vae.channels, cfg.patch, outputs, vae.pixel_stride, **action))
-    else:
-        dit = load_generator(cfg.dit_weights, **action)
-    if cfg.size % (dit.cfg.patch * vae.pixel_stride):
-        raise ValueError(f"--size {cfg.size} is not a multiple of {dit.cfg.patch * vae.pixel_stride}, the side of the DiT's patch in pixels")
-    flow = FlowConfig(cfg.time_shift, window=vae.latent_frames(cfg.frames) - 1, sampling_steps=cfg.sampling_steps, guidance=cfg.guidance)
-    world = World(LAM(lam), dit, vae, flow)
-    [world.check_frames(t) for t in (cfg.frames, cfg.eval_frames)]
-    return world
-
-
 def memory(cfg, world, groups, phase, clips):
-    """Estimate of a GPU's memory in GB: float32 weights, gradients and Adam's moments, and the activations of its clips in
-    bf16, by bytes that are saved a token, unit of width and block (measured with saved-tensor hooks)."""
+    """Estimate of a process's memory in GB: float32 weights, gradients and Adam's moments, and the activations of its clips
+    in bf16, by bytes saved a token, unit of width and block (measured with saved-tensor hooks)."""
     count = lambda parameters: sum(p.numel() for p in parameters)
-    trained = sum(count(groups[g]) for g in phase["train"])
-    state = 4 * count(world.parameters()) + 12 * trained
-    dit, lam, latents = world.dit.cfg, cfg, world.vae.latent_frames(cfg.frames)
-    tokens = latents * (cfg.size // (dit.patch * world.vae.pixel_stride)) ** 2
-    frame = (cfg.lam_size // cfg.lam_patch) ** 2 + cfg.tokens
-    saved = [(tokens * dit.hidden, 2 * dit.depth, 73 if "body" in phase["train"] else 51)]
-    if phase["actions"]:
-        saved.append((cfg.frames * frame * cfg.lam_width, cfg.lam_depth, 96))
-    if cfg.activation_checkpointing:
-        activations = sum(n * (4 * blocks + size) for n, blocks, size in saved)
-    else:
-        activations = sum(n * blocks * size for n, blocks, size in saved)
-    return state / 1e9, activations * clips / 1e9
-
-
-def save(path, **state):
-    """Write a checkpoint atomically."""
-    torch.save(state, path + ".part")
-    os.replace(path + ".part", path)
-
-
-def save_gif(path, videos, fps=4, rows=4):
-    """Videos [(n, 3, t, h, w) in [-1, 1], ...] side by side, one clip a row, as a GIF."""
-    grid = torch.cat([torch.cat(list(F.pad(v[:rows], (1, 1, 1, 1), value=1.0)), 2) for v in videos], 3)  # (3, t, rows*h, n*w)
-    scale = max(1, 128 // videos[0].shape[-1])
-    frames = ((grid + 1) * 127.5).round().byte().permute(1, 2, 3, 0).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    imageio.imwrite(path, frames.numpy(), duration=1000 / fps, loop=0)
+    state = 4 * count(world.parameters()) + 12 * sum(count(groups[g]) for g in phase["train"] if g in groups)
+    dit, lam = world.dit.cfg, world.lam.cfg
+    seen = cfg.frames * lam.width * ((lam.size // lam.patch) ** 2 + lam.tokens)
+    dreamed = world.vae.latent_frames(cfg.frames) * dit.hidden * (cfg.size // (dit.patch * world.vae.pixel_stride)) ** 2
+    saved = []                                                                  # token units, blocks, bytes
+    if "lam" in phase["train"]:
+        saved.append((seen, lam.depth, 96))
+    if "fdm" in phase["train"]:
+        saved.append((seen, lam.fdm_depth, 73))
+    if phase["train"] & {"action", "body"}:
+        saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase["train"] else 51))
+    again = cfg.activation_checkpointing                                        # then a block's input stays, and one block at a time
+    return state / 1e9, clips * sum(n * (4 * blocks + size if again else blocks * size) for n, blocks, size in saved) / 1e9
 
 
 def gather(x):
     """x of all ranks, stacked"""
     if not dist.is_initialized():
-        return x
+        return x[None]
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.stack(parts)
@@ -267,34 +266,60 @@ def open_data(cfg):
     return data, heldout, labelled
 
 
+def losses(phase, world, model, clip, video, draw, latents):
+    """A phase's loss, and what it found on the way. `model` is the part of the world that DDP may wrap."""
+    fps = clip["fps"].to(video.device)
+    if phase["name"] == "lam":
+        return model(video, draw)
+    if phase["name"] == "adapter":
+        codes = world.lam.encode(video)[1]                                      # (b, t-1, k)
+        logits = model(clip["actions"].to(video.device))                        # (b, t-1, k, num_codes)
+        return F.cross_entropy(logits.flatten(0, 2), codes.flatten()), {"accuracy": (logits.argmax(-1) == codes).float().mean(), "indices": codes}
+    return model(video, draw, fps, phase["name"] != "pretrain", latents)
+
+
 def main(argv):
     cfg = parse(argv)
     rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     master, cuda = rank == 0, torch.cuda.is_available() and cfg.device in ("auto", "cuda")
     device = f"cuda:{local}" if cuda else cfg.device if cfg.device != "auto" else "cpu"
-    torch.manual_seed(cfg.seed)
+    state, step, saved = None, 0, None
     try:
+        if cfg.resume != "none":
+            state, file = newest(cfg.resume)
+            step, saved = state["step"], state["step"] if file.endswith("ckpt.pt") else None
         # a dry run of a preset needs none of the files that it would load
         absent = [k for k in ("data", "dit_weights", "vae_weights") if cfg.dry_run and getattr(cfg, k) == PRESETS[cfg.preset].get(k)
                   and not os.path.exists(getattr(cfg, k))]
         with torch.device("meta" if cfg.dry_run else "cpu"):
-            world = build(cfg, absent)
+            world = restore(state) if state else build(cfg, absent)
+        if not world.lam.quantize and not any("lam" in p["train"] for p in phases(cfg)):
+            raise ValueError("the LAM would stay frozen, but its latent actions are still continuous: the run it comes from was stopped too early")
         data, heldout, labelled = open_data(cfg) if "data" not in absent else (None, None, None)
+        if cfg.mode == "adapt" and not world.adapter:
+            example = heldout[cfg.data][[0]]
+            if "actions" not in example:
+                raise DataError(f"--data {cfg.data}: has no actions to adapt to; take one robot, e.g. held-out")
+            world.adapter = Adapter(example["actions"].shape[-1], world.lam.cfg)
         cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" and not cfg.dry_run else None
     except (DataError, ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"train.py: {error}")
-    for k in ("hidden", "depth", "heads", "patch"):                             # those of --dit_weights hold
+    for k in ("hidden", "depth", "heads", "patch"):                             # those of --init and --dit_weights hold
         setattr(cfg, k, getattr(world.dit.cfg, k))
     world.to("meta" if cfg.dry_run else device)
-    groups = {"lam": list(world.lam.parameters()), "action": list(world.dit.action.parameters()), "body": world.dit.body()}
+    groups = {"lam": [p for name, p in world.lam.named_parameters() if not name.startswith("fdm.")],
+              "fdm": list(world.lam.fdm.parameters()) if world.lam.fdm else [], "action": list(world.dit.action.parameters()),
+              "body": world.dit.body(), "adapter": list(world.adapter.parameters()) if world.adapter else []}
+    groups = {k: v for k, v in groups.items() if v}
     if master:
         sizes = ", ".join(f"{k} {sum(p.numel() for p in v) / 1e6:.2f} M" for k, v in groups.items())
-        print(f"{cfg.name}: {sizes} parameters; batch {cfg.batch} = {ranks} x {cfg.batch // ranks} clips of {cfg.frames} frames on {device}")
+        print(f"{cfg.name}: {sizes} parameters; batch {cfg.batch} = {ranks} x {cfg.accumulate} x {cfg.batch // ranks // cfg.accumulate} "
+              f"clips of {cfg.frames} frames on {device}")
         for p in phases(cfg):
             print(f"  {p['name']}: {p['steps']} steps on {p['data']}, trains {' + '.join(sorted(p['train']))}")
             if cfg.dry_run:
-                state, activations = memory(cfg, world, groups, p, cfg.batch // ranks)
-                print(f"    about {state + activations:.1f} GB a process: {state:.1f} weights, gradients, moments + {activations:.1f} activations in bf16")
+                weights, activations = memory(cfg, world, groups, p, p["batch"] // ranks // cfg.accumulate)
+                print(f"    about {weights + activations:.1f} GB a process: {weights:.1f} weights, gradients, moments + {activations:.1f} activations in bf16")
     if cfg.dry_run:
         if cfg.preset == "opensora":
             print(f"  IDM {sum(p.numel() for p in world.lam.idm.parameters()) / 1e9:.3f} B, generator with action modules "
@@ -305,9 +330,16 @@ def main(argv):
     if ranks > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
-    out = os.path.join("out", cfg.name)
-    if master:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))     # rank 0 evaluates while the others wait
+    out = os.path.join("out", cfg.name) if state is None else cfg.resume
+    log = os.path.join(out, "metrics.jsonl")
+    if master and state:
+        print(f"  goes on at step {step} of {file}")
+        with open(log) as f:                    # rows that come after the checkpoint will be written again
+            rows = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        with open(log, "w") as f:
+            f.writelines(rows)
+    elif master:
         if os.path.exists(out):
             aside = next(f"{out}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{out}.{i}"))
             os.rename(out, aside)
@@ -319,90 +351,151 @@ def main(argv):
     def record(event, **numbers):
         """One object in metrics.jsonl, one line on the terminal."""
         if master:
-            with open(os.path.join(out, "metrics.jsonl"), "a") as f:
+            with open(log, "a") as f:
                 f.write(json.dumps({"event": event, **numbers}) + "\n")
             short = {k: v for k, v in numbers.items() if "/" not in k}
             tqdm.write(f"{event}: " + " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in short.items()))
 
     def checkpoint():
-        if master:
-            save(os.path.join(out, "ckpt.pt"), world=world.config(), lam=world.lam.state_dict(), dit=world.dit.state_dict(),
-                 quantize=world.lam.quantize, step=step, config=asdict(cfg))
+        nonlocal saved
+        rng = gather(torch.get_rng_state().to(device)).cpu()                    # of every rank
+        if master and saved != step:
+            save(out, cfg.keep, saved, step=step, phase=phase["name"], rng=rng, world=world.config(), lam=world.lam.state_dict(),
+                 dit=world.dit.state_dict(), adapter=world.adapter and world.adapter.state_dict(), quantize=world.lam.quantize,
+                 optimizer=optimizer.state_dict(), config=asdict(cfg))
+        saved = step
 
-    def evaluate(event, phase, **size):
+    def evaluate(event, phase, share=1):
+        """Measure on held-out clips; `share` of the final numbers of clips."""
         world.eval()
-        if phase["actions"]:
-            numbers, videos = report(world, heldout[phase["data"]], labelled, **size)
-            save_gif(os.path.join(out, "samples", f"{step:06d}.gif"), videos)
-        else:
+        if phase["name"] == "pretrain":
             numbers = loss_by_time(world, heldout[phase["data"]], 256, False)
+        else:
+            n = cfg.eval_transitions // (share * share)
+            numbers, videos = report(world, heldout[phase["data"]], labelled, cfg.eval_clips // share if phase["dreams"] else 0,
+                                     min(2048, cfg.eval_transitions), n)
+            if videos:
+                save_gif(os.path.join(out, "samples", f"{step:06d}.gif"), videos)
         record(event, phase=phase["name"], step=step, **numbers)
+
+    def diagnose():
+        if not (master and phase["dreams"]):
+            return {}
+        world.eval()
+        numbers = align(world, fixed, known)
+        set_modes()
+        return numbers
+
+    def set_modes():
         world.train()
+        world.lam.train("lam" in phase["train"])                                # a frozen LAM does not update its moments either
+
+    def last_checkpoint():
+        return f"the last checkpoint, of step {saved}, is {out}/ckpt.pt" if saved is not None else "no checkpoint was written yet"
 
     optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        if len(state["rng"]) == ranks:
+            torch.set_rng_state(state["rng"][rank].clone())
     if cfg.compile:
         world.dit.compile()
     if cfg.activation_checkpointing:
         for block in [*world.lam.idm.blocks, *world.dit.spatial_blocks, *world.dit.temporal_blocks]:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
-    step, saved, trained = 0, None, set()
-    bar = tqdm(total=sum(p["steps"] for p in phases(cfg)), disable=not master, dynamic_ncols=True)
+    if master and any(p["dreams"] for p in phases(cfg)):
+        fixed = heldout[cfg.data][range(max(8, 256 // (cfg.frames - 1)))]
+        known = next((test[range(len(fixed["fps"]))] for name, _, test in labelled if name == "cross"), None)
+    lam_phases = [p for p in phases(cfg) if "lam" in p["train"]]
+    vq_at = lam_phases[0]["first"] + int(cfg.vq_start * sum(p["steps"] for p in lam_phases)) if lam_phases else None
+    terminated = []
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
+    end, trained, alarmed = 0, set(), False
+    bar = tqdm(total=sum(p["steps"] for p in phases(cfg)), initial=step, disable=not master, dynamic_ncols=True)
     try:
         for phase in phases(cfg):
-            # who trains: the others stay bit-equal; who starts to train starts with fresh moments
-            for name, parameters in groups.items():
-                for p in parameters:
-                    p.requires_grad_(name in phase["train"])
-                    if name not in trained:
-                        optimizer.state.pop(p, None)
-            trained = phase["train"]
-            model = DistributedDataParallel(world, [local] if cuda else None, gradient_as_bucket_view=True) if ranks > 1 else world
-            world.train()
-            end, recent, began = step + phase["steps"], [], time.time()
-            for batch in loader(data[phase["data"]], cfg.batch, step, end, rank, ranks):
+            start, end = end, end + phase["steps"]
+            if step < end:
+                # who trains: the others stay bit-equal; who starts to train starts with fresh moments
+                optimizer.zero_grad()
+                for name, parameters in groups.items():
+                    for p in parameters:
+                        p.requires_grad_(name in phase["train"])
+                        if name not in trained and step == start:
+                            optimizer.state.pop(p, None)
+                target = {"lam": world.lam, "adapter": world.adapter}.get(phase["name"], world)
+                model = DistributedDataParallel(target, [local] if cuda else None, gradient_as_bucket_view=True) if ranks > 1 else target
+                set_modes()
+                if step == start and phase["dreams"]:
+                    record("align", phase=phase["name"], step=step, **diagnose())
+            trained, recent, began, idm_grad = phase["train"], [], time.time(), None
+            for batch in loader(data[phase["data"]], phase["batch"], step, end, rank, ranks):
                 at = step - phase["first"]
                 lr = cfg.lr * min(1, (at + 1) / max(1, cfg.lr_warmup))
                 if cfg.cooldown:
                     lr *= min(1, (phase["length"] - at) / (cfg.cooldown * phase["length"]))
                 for name, group in zip(groups, optimizer.param_groups):
                     group["lr"] = lr * (cfg.lam_lr if name == "lam" else 1)
-                if phase["actions"] and at <= cfg.vq_start:
-                    world.lam.quantize = at == cfg.vq_start
-                    if at == cfg.vq_start:
-                        fit_codebook(world, data[phase["data"]])
+                if "lam" in phase["train"] and not world.lam.quantize and step >= vq_at:
+                    fit_codebook(world, data[phase["data"]])
+                    world.lam.quantize = True
 
-                draw = Draw(cfg.seed, step, device=device, rank=rank, ranks=ranks)
-                video = random_crop(to_video(batch["video"], device), cfg.crop, draw)
-                with autocast:
-                    latents = cache.encode(batch["video"], video) if cache else None
-                    loss, found = model(video, draw, batch["fps"].to(device), phase["actions"], latents)
-                optimizer.zero_grad()
-                loss.backward()
+                parts, found = cfg.accumulate, []
+                for i in range(parts):
+                    clip = {k: v.chunk(parts)[i] for k, v in batch.items()}
+                    draw = Draw(cfg.seed, step, device=device, rank=rank * parts + i, ranks=ranks * parts)
+                    video = random_crop(to_video(clip["video"], device), phase["crop"], draw)
+                    with model.no_sync() if ranks > 1 and i < parts - 1 else nullcontext():
+                        with autocast:
+                            latents = cache.encode(clip["video"], video) if cache and phase["crop"] == 1 else None
+                            loss, out_of = losses(phase, world, model, clip, video, draw, latents)
+                        (loss / parts).backward()
+                    found.append({"loss": loss.detach(), **out_of})
                 norm = torch.nn.utils.clip_grad_norm_(world.parameters(), cfg.clip)
+                bad = sum(f["loss"] for f in found) + norm
+                stop = torch.stack([~bad.isfinite(), torch.tensor(bool(terminated), device=device)]).float()
+                if ranks > 1:                                                   # all stop at the same step, or none
+                    dist.all_reduce(stop, dist.ReduceOp.MAX)
+                not_finite, ended = stop.tolist()
+                if not_finite:
+                    sys.exit(f"train.py: loss or gradient is not finite at step {step}; {last_checkpoint()}" if master else 1)
                 optimizer.step()
                 step += 1
 
-                recent = recent[-49:] + [{"flow": found["flow"], "vq": found["vq"], "norm": norm, "indices": found["indices"]}]
+                mean = lambda k: torch.stack([f[k] for f in found]).mean()
+                numbers = {k: mean(k) for k, v in found[0].items() if k != "indices" and v.dim() == 0} | {"norm": norm}
+                recent = recent[-49:] + [(numbers, torch.cat([f["indices"] for f in found]) if phase["name"] != "pretrain" else None)]
+                if step % cfg.log_every in (0, cfg.log_every - 1) and "lam" in phase["train"]:
+                    before, idm_grad = idm_grad, torch.cat([p.grad.flatten() for p in world.lam.idm.parameters()])
+                optimizer.zero_grad()
                 if step % cfg.log_every == 0 or step == end:
-                    mean = lambda k: torch.stack([r[k] for r in recent[-cfg.log_every:]]).mean().item()
-                    numbers = {k: mean(k) for k in ("flow", "vq", "norm")}
-                    if phase["actions"]:
-                        numbers |= codebook_metrics(gather(torch.stack([r["indices"] for r in recent])), cfg.num_codes)
-                    record("train", phase=phase["name"], step=step, **numbers, lr=lr, seconds=round(time.time() - began, 1))
-                    bar.set_postfix_str(f"{phase['name']} loss {numbers['flow']:.4f}")
-                if step % cfg.eval_every == 0 or step == end:
-                    if master and step < bar.total:
-                        evaluate("eval", phase, clips=32, pairs=1024)
-                if step % cfg.ckpt_every == 0 or step == end:
+                    shown = {k: torch.stack([r[0][k] for r in recent[-cfg.log_every:]]).mean().item() for k in numbers}
+                    if phase["name"] != "pretrain":
+                        indices = gather(torch.stack([r[1] for r in recent])).flatten(0, -2)
+                        shown |= codebook_metrics(indices, world.lam.cfg.num_codes)
+                        if "lam" in phase["train"] and world.lam.quantize and collapsed(indices) != alarmed:
+                            alarmed = not alarmed
+                            record("alarm", phase=phase["name"], step=step, message="the codebook has collapsed: nearly all transitions have "
+                                   "the same codes" if alarmed else "the codebook has recovered", max_usage=shown["max_usage"])
+                    if idm_grad is not None and before is not None:
+                        shown["grad_cosine"] = F.cosine_similarity(before, idm_grad, 0).item()
+                    record("train", phase=phase["name"], step=step, **shown, **diagnose(), lr=lr, seconds=round(time.time() - began, 1))
+                    bar.set_postfix_str(f"{phase['name']} loss {shown['loss']:.4f}")
+                if master and (step % cfg.eval_every == 0 or step == end) and step < bar.total:
+                    evaluate("eval", phase, share=2)
+                    set_modes()
+                if step % cfg.ckpt_every == 0 or step == end or ended:
                     checkpoint()
-                    saved = step
                 bar.update()
+                if ended:
+                    if master:
+                        print(f"train.py: ended by SIGTERM at step {step}; {last_checkpoint()}", file=sys.stderr)
+                    sys.exit(143)
         if master:
             evaluate("result", phase)
     except KeyboardInterrupt:
-        kept = f"the last checkpoint, of step {saved}, is {out}/ckpt.pt" if saved else "no checkpoint was written yet"
-        sys.exit(f"train.py: interrupted at step {step}; {kept}")
+        sys.exit(f"train.py: interrupted at step {step}; {last_checkpoint()}")
     finally:
         bar.close()
         if ranks > 1:

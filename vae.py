@@ -9,6 +9,7 @@ Module names are those of the released weights. Also here: reading weights that 
 import hashlib
 import json
 import os
+import zipfile
 from functools import partial
 
 import torch
@@ -178,10 +179,10 @@ class CausalConv3d(nn.Module):
 class TimeEncoder(nn.Module):
     """Levels of residual blocks; where `halve` says so, a level ends in a convolution of stride 2 in time."""
 
-    def __init__(self, z, widths, n, halve, block, norm):
+    def __init__(self, z, base, widths, n, halve, block, norm):
         super().__init__()
-        self.conv_in = CausalConv3d(z, widths[0], 3, bias=False)
-        self.block_res_blocks = nn.ModuleList(resnets(widths[max(i - 1, 0)], w, n, block) for i, w in enumerate(widths))
+        self.conv_in = CausalConv3d(z, base, 3, bias=False)
+        self.block_res_blocks = nn.ModuleList(resnets(below, w, n, block) for below, w in zip([base] + widths, widths))
         self.conv_blocks = nn.ModuleList(CausalConv3d(w, w, 3, stride=2) if h else nn.Identity() for w, h in zip(widths, halve))
         self.res_blocks = resnets(widths[-1], widths[-1], n, block)
         self.norm1, self.conv2 = norm(widths[-1]), CausalConv3d(widths[-1], 2 * z, 1)
@@ -226,8 +227,8 @@ class TimeVAE(nn.Module):
         self.stride = 2 ** sum(temporal_downsample)
         norm = partial(nn.GroupNorm, num_groups)
         block = partial(ResBlock, conv=partial(CausalConv3d, bias=False), norm=norm, shortcut="conv3")
-        args = z, [filters * m for m in channel_multipliers], num_res_blocks, temporal_downsample, block, norm
-        self.encoder, self.decoder = TimeEncoder(*args), TimeDecoder(*args)
+        args = [filters * m for m in channel_multipliers], num_res_blocks, temporal_downsample, block, norm
+        self.encoder, self.decoder = TimeEncoder(z, filters, *args), TimeDecoder(z, *args)
         self.quant_conv, self.post_quant_conv = CausalConv3d(2 * z, 2 * z, 1), CausalConv3d(z, z, 1)
 
     def encode(self, x, sample=False):
@@ -313,8 +314,8 @@ def load_opensora_vae(path):
     config, read = open_weights(path)
     try:
         with torch.device("meta"):
-            vae = OpenSoraVAE(config.get("spatial", {}), config.get("temporal", {}), config.get("micro_frame_size", 17))
-    except TypeError as error:
+            vae = OpenSoraVAE(config.get("spatial", {}), config.get("temporal", {}), config.get("micro_frame_size", 17) or 10 ** 6)
+    except Exception as error:                                  # whatever odd sizes make torch's modules raise
         raise ValueError(f"{path}: config.json does not fit ({error})") from None
     fill(vae, read, path)
     vae.source = os.path.abspath(path)
@@ -331,6 +332,7 @@ def open_weights(path):
         the config, {} if there is none, and a function that maps the file into memory: dict of tensors. Dropping the
         dict unmaps it.
     """
+    path = os.fspath(path)
     file, config = path, os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
     if os.path.isdir(path):
         file = os.path.join(path, "model.safetensors")
@@ -341,17 +343,17 @@ def open_weights(path):
 
     def read():
         try:
-            found = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", mmap=True, weights_only=True)
+            found = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:                              # whatever a broken file makes the readers raise
-            raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]})") from None
-        if not (isinstance(found, dict) and found and all(isinstance(v, torch.Tensor) for v in found.values())):
+            raise ValueError(f"{file}: cannot be read as weights: damaged, or more than tensors ({type(error).__name__})") from None
+        if not (isinstance(found, dict) and found and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items())):
             raise ValueError(f"{file}: not a state dict (tensors by name)")
         return found
 
     try:
         with open(config) as f:
             settings = json.load(f)
-    except FileNotFoundError:
+    except OSError:
         settings = {}
     except ValueError:
         settings = None
