@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 
@@ -292,9 +292,12 @@ def main(argv):
         absent = [k for k in ("data", "dit_weights", "vae_weights") if cfg.dry_run and getattr(cfg, k) == PRESETS[cfg.preset].get(k)
                   and not os.path.exists(getattr(cfg, k))]
         with torch.device("meta" if cfg.dry_run else "cpu"):
-            world = restore(state) if state else build(cfg, absent)
-        if not world.lam.quantize and not any("lam" in p["train"] for p in phases(cfg)):
+            world = restore(state, cfg.vae_weights if os.path.exists(cfg.vae_weights) else None) if state else build(cfg, absent)
+        trains = set().union(*(p["train"] for p in phases(cfg)))
+        if not world.lam.quantize and trains != {"body"} and "lam" not in trains:
             raise ValueError("the LAM would stay frozen, but its latent actions are still continuous: the run it comes from was stopped too early")
+        if "fdm" in trains and not world.lam.fdm:
+            raise ValueError(f"--init {cfg.init}: has no FDM to train; --lam_steps 0 goes on with its LAM")
         data, heldout, labelled = open_data(cfg) if "data" not in absent else (None, None, None)
         if cfg.mode == "adapt" and not world.adapter:
             example = heldout[cfg.data][[0]]
@@ -304,8 +307,11 @@ def main(argv):
         cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" and not cfg.dry_run else None
     except (DataError, ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"train.py: {error}")
-    for k in ("hidden", "depth", "heads", "patch"):                             # those of --init and --dit_weights hold
-        setattr(cfg, k, getattr(world.dit.cfg, k))
+    # the sizes of --init, --init_lam and --dit_weights hold
+    dit, lam = world.dit.cfg, world.lam.cfg
+    cfg = replace(cfg, hidden=dit.hidden, depth=dit.depth, heads=dit.heads, patch=dit.patch, lam_size=lam.size, lam_patch=lam.patch,
+                  lam_width=lam.width, lam_depth=lam.depth, lam_heads=lam.heads, num_codes=lam.num_codes, code_dim=lam.code_dim, tokens=lam.tokens,
+                  pairs=lam.pairs, odd=lam.odd, difference=lam.difference, standardize=lam.standardize, latent_scale=lam.latent_scale)
     world.to("meta" if cfg.dry_run else device)
     groups = {"lam": [p for name, p in world.lam.named_parameters() if not name.startswith("fdm.")],
               "fdm": list(world.lam.fdm.parameters()) if world.lam.fdm else [], "action": list(world.dit.action.parameters()),
@@ -330,15 +336,18 @@ def main(argv):
     if ranks > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))     # rank 0 evaluates while the others wait
+        # restarted ranks must not find the addresses of dead ones, so each attempt has keys of its own
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks,
+                                timeout=timedelta(hours=2))                     # rank 0 evaluates while the others wait
     out = os.path.join("out", cfg.name) if state is None else cfg.resume
     log = os.path.join(out, "metrics.jsonl")
     if master and state:
         print(f"  goes on at step {step} of {file}")
-        with open(log) as f:                    # rows that come after the checkpoint will be written again
-            rows = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        with open(log, "w") as f:
-            f.writelines(rows)
+        rows = open(log).readlines() if os.path.exists(log) else []
+        with open(log + ".part", "w") as f:     # rows that come after the checkpoint will be written again
+            f.writelines(line for line in rows if line.endswith("}\n") and json.loads(line)["step"] <= step)
+        os.replace(log + ".part", log)
     elif master:
         if os.path.exists(out):
             aside = next(f"{out}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{out}.{i}"))
