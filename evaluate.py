@@ -157,7 +157,7 @@ def align(world, batch, known=None):
     Returns:
         dict: `latent_var`, variance of the latent actions; `cka` of latent actions and what the action modules make of
         them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips swap their
-        actions; `nmi` of codes and effects, if they are known.
+        actions; `nmi` of codes and effects, if they are known and there are codes yet.
     """
     device, r = next(world.parameters()).device, world.vae.time_stride
     frames = 1 + world.cfg.window * r
@@ -174,7 +174,7 @@ def align(world, batch, known=None):
     features = world.dit.action.features(actions)[:, 1:]                        # (b, l-1, d)
     out = {"latent_var": actions.var((0, 1)).mean().item(), "cka": cka(actions.flatten(0, 1), features.flatten(0, 1)),
            "sensitivity": ((swapped - v).norm() / v.norm().clamp(min=1e-12)).item()}
-    if known:
+    if known and world.lam.quantize:
         codes = code_numbers(world, world.lam.encode(cut(known))[1])
         out["nmi"] = nmi(codes.flatten().cpu(), known["effects"][:, :frames - 1].flatten())
     return out
@@ -192,8 +192,10 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
     Returns:
         dict of numbers (None where the data do not allow one), and the videos of `predict`, or None.
     """
-    found = infer(world, dataset, -(-transitions // (dataset.frames - 1)))
-    out = codebook_metrics(found["indices"].flatten(0, 1)[:transitions], world.lam.cfg.num_codes)
+    out = dict.fromkeys(("utilization", "max_usage", "entropy"))
+    if world.lam.quantize:
+        found = infer(world, dataset, -(-transitions // (dataset.frames - 1)))
+        out = codebook_metrics(found["indices"].flatten(0, 1)[:transitions], world.lam.cfg.num_codes)
     if clips:
         prediction, shown = predict(world, dataset, clips, **sampling)
         out |= prediction | loss_by_time(world, dataset, clips)
@@ -208,7 +210,7 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
         row = probe(flat(a["z"]), flat(a["actions"]), flat(b["z"]), flat(b["actions"]))
         out |= {f"probe_{k}/{name}": v for k, v in row.items()}
         probes.append(row)
-        if name == "cross":
+        if name == "cross" and world.lam.quantize:
             out["nmi"] = nmi(b["codes"].flatten(), b["effects"].flatten())
     for k in ("r2", "l1"):
         out[f"probe_{k}"] = float(np.mean([p[k] for p in probes])) if probes else None

@@ -850,6 +850,19 @@ def test_a_dead_rank_is_restarted_by_torchrun(whole, tmp_path):
     equal(tmp_path / "out/k", whole / "out/2")
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
+    short = ["--name", "k", "--mode", "pretrain", "--pretrain", 30, *SMALL]
+    process = start("train.py", *short, "--ckpt_every", 1000, cwd=tmp_path)
+    until(lambda: newest_step(tmp_path / "out/k") >= 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    run("train.py", "--resume", "out/k", cwd=tmp_path)
+    shutil.move(tmp_path / "out/k", tmp_path / "out/resumed")
+    run("train.py", *short, cwd=tmp_path)
+    equal(tmp_path / "out/k", tmp_path / "out/resumed")
+    assert [r["step"] for r in result(tmp_path, "k")[0]] == [r["step"] for r in result(tmp_path, "resumed")[0]]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_writes_a_last_checkpoint(processes, whole, tmp_path):
     process = start("train.py", "--name", "k", *LONG, "--ckpt_every", 1000, cwd=tmp_path, processes=processes)

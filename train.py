@@ -150,9 +150,16 @@ def phases(cfg):
     return [row for row in rows if row["steps"]]
 
 
+def stop(message, status=1):
+    """End with one line, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"train.py: {message}\n")
+        stop(message, 2)
 
 
 def flag(kind, text):
@@ -285,7 +292,7 @@ def main(argv):
     device = f"cuda:{local}" if cuda else cfg.device if cfg.device != "auto" else "cpu"
     state, step, saved = None, 0, None
     try:
-        if cfg.resume != "none":
+        if cfg.resume != "none" and checkpoints(cfg.resume):                    # without any, a run starts over in its folder
             state, file = newest(cfg.resume)
             step, saved = state["step"], state["step"] if file.endswith("ckpt.pt") else None
         # a dry run of a preset needs none of the files that it would load
@@ -306,7 +313,7 @@ def main(argv):
             world.adapter = Adapter(example["actions"].shape[-1], world.lam.cfg)
         cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" and not cfg.dry_run else None
     except (DataError, ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"train.py: {error}")
+        stop(error)
     # the sizes of --init, --init_lam and --dit_weights hold
     dit, lam = world.dit.cfg, world.lam.cfg
     cfg = replace(cfg, hidden=dit.hidden, depth=dit.depth, heads=dit.heads, patch=dit.patch, lam_size=lam.size, lam_patch=lam.patch,
@@ -337,25 +344,27 @@ def main(argv):
         if cuda:
             torch.cuda.set_device(device)
         # restarted ranks must not find the addresses of dead ones, so each attempt has keys of its own
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "0"
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])   # (nodes count their restarts apart)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks,
                                 timeout=timedelta(hours=2))                     # rank 0 evaluates while the others wait
-    out = os.path.join("out", cfg.name) if state is None else cfg.resume
+    out = os.path.join("out", cfg.name) if cfg.resume == "none" else cfg.resume
     log = os.path.join(out, "metrics.jsonl")
-    if master and state:
-        print(f"  goes on at step {step} of {file}")
-        rows = open(log).readlines() if os.path.exists(log) else []
-        with open(log + ".part", "w") as f:     # rows that come after the checkpoint will be written again
-            f.writelines(line for line in rows if line.endswith("}\n") and json.loads(line)["step"] <= step)
-        os.replace(log + ".part", log)
-    elif master:
-        if os.path.exists(out):
+    if master:
+        if state:
+            print(f"  goes on at step {step} of {file}")
+        if cfg.resume == "none" and os.path.exists(out):
             aside = next(f"{out}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{out}.{i}"))
             os.rename(out, aside)
             print(f"  {out} exists: moved to {aside}")
-        os.makedirs(os.path.join(out, "samples"))
-        with open(os.path.join(out, "config.json"), "w") as f:
-            json.dump(asdict(cfg), f, indent=1)
+        os.makedirs(os.path.join(out, "samples"), exist_ok=True)
+        rows = open(log).readlines() if os.path.exists(log) else []
+        # rows that come after the checkpoint will be written again
+        rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step]
+        for file, text in {log: "".join(rows), os.path.join(out, "config.json"): json.dumps(asdict(replace(cfg, resume="none")), indent=1)}.items():
+            with open(file + ".part", "w") as f:
+                f.write(text)
+            os.replace(file + ".part", file)
 
     def record(event, **numbers):
         """One object in metrics.jsonl, one line on the terminal."""
@@ -399,8 +408,10 @@ def main(argv):
         world.train()
         world.lam.train("lam" in phase["train"])                                # a frozen LAM does not update its moments either
 
-    def last_checkpoint():
-        return f"the last checkpoint, of step {saved}, is {out}/ckpt.pt" if saved is not None else "no checkpoint was written yet"
+    def halt(why, status=1):
+        bar.close()
+        kept = f"the last checkpoint, of step {saved}, is {out}/ckpt.pt" if saved is not None else "no checkpoint was written yet"
+        stop(f"{why} at step {step}; {kept}", status)
 
     optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
@@ -463,12 +474,12 @@ def main(argv):
                     found.append({"loss": loss.detach(), **out_of})
                 norm = torch.nn.utils.clip_grad_norm_(world.parameters(), cfg.clip)
                 bad = sum(f["loss"] for f in found) + norm
-                stop = torch.stack([~bad.isfinite(), torch.tensor(bool(terminated), device=device)]).float()
-                if ranks > 1:                                                   # all stop at the same step, or none
-                    dist.all_reduce(stop, dist.ReduceOp.MAX)
-                not_finite, ended = stop.tolist()
+                ends = torch.stack([~bad.isfinite(), torch.tensor(bool(terminated), device=device)]).float()
+                if ranks > 1:                                                   # all end at the same step, or none
+                    dist.all_reduce(ends, dist.ReduceOp.MAX)
+                not_finite, ended = ends.tolist()
                 if not_finite:
-                    sys.exit(f"train.py: loss or gradient is not finite at step {step}; {last_checkpoint()}" if master else 1)
+                    halt("loss or gradient is not finite")
                 optimizer.step()
                 step += 1
 
@@ -480,10 +491,10 @@ def main(argv):
                 optimizer.zero_grad()
                 if step % cfg.log_every == 0 or step == end:
                     shown = {k: torch.stack([r[0][k] for r in recent[-cfg.log_every:]]).mean().item() for k in numbers}
-                    if phase["name"] != "pretrain":
+                    if phase["name"] != "pretrain" and world.lam.quantize:
                         indices = gather(torch.stack([r[1] for r in recent])).flatten(0, -2)
                         shown |= codebook_metrics(indices, world.lam.cfg.num_codes)
-                        if "lam" in phase["train"] and world.lam.quantize and collapsed(indices) != alarmed:
+                        if "lam" in phase["train"] and collapsed(indices) != alarmed:
                             alarmed = not alarmed
                             record("alarm", phase=phase["name"], step=step, message="the codebook has collapsed: nearly all transitions have "
                                    "the same codes" if alarmed else "the codebook has recovered", max_usage=shown["max_usage"])
@@ -498,13 +509,11 @@ def main(argv):
                     checkpoint()
                 bar.update()
                 if ended:
-                    if master:
-                        print(f"train.py: ended by SIGTERM at step {step}; {last_checkpoint()}", file=sys.stderr)
-                    sys.exit(143)
+                    halt("ended by SIGTERM", 128 + signal.SIGTERM)
         if master:
             evaluate("result", phase)
     except KeyboardInterrupt:
-        sys.exit(f"train.py: interrupted at step {step}; {last_checkpoint()}")
+        halt("interrupted")
     finally:
         bar.close()
         if ranks > 1:
