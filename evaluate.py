@@ -1,15 +1,29 @@
 """Measures of latent actions and of the world they drive; training reports them from here.
 
+    python evaluate.py --ckpt out/toy --task all            # Tables 1-3 and Figures 5-6 on a trained run
+    python evaluate.py --compare out/toy out/two-stage      # two runs that were evaluated, side by side
+
 Paper: section 4.1 (metrics), appendix C.1 (protocols).
 """
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 
-from data import to_video
-from flow import Draw, shift_time, time_ratio
+import toy
+from data import TOY, DataError, clips, to_video
+from flow import Draw, load_checkpoint, restore, sample, shift_time, time_ratio
+from lam import resize
 from vq import codebook_metrics
 
 PSNR_CAP = 60.0     # dB, about the rounding error of 8-bit pixels: keeps frames that are equal from counting as infinite
@@ -19,6 +33,69 @@ def psnr(a, b):
     """Peak signal-to-noise ratio of videos (b, c, t, h, w) in [-1, 1] (range 2), mean over frames: (b,) dB"""
     mse = (a - b).float().pow(2).mean((1, 3, 4))                                # (b, t)
     return (10 * torch.log10(4 / mse.clamp(min=1e-12))).clamp(max=PSNR_CAP).mean(1)
+
+
+def ssim(a, b):
+    """Structural similarity of videos (b, c, t, h, w) in [-1, 1], mean over channels and frames: (b,) in [-1, 1]
+
+    Wang et al. 2004, with the Gaussian window of 11 x 11 pixels (sigma 1.5), only where it fits into the frame: what
+    scikit-image computes with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2.
+
+    Raises:
+        ValueError: frames of less than 11 x 11 pixels.
+    """
+    if min(a.shape[-2:]) < 11:
+        raise ValueError(f"SSIM: frames of {a.shape[-2]}x{a.shape[-1]} pixels are smaller than its window of 11x11")
+    x = torch.arange(11, device=a.device) - 5
+    window = torch.softmax(-x ** 2 / (2 * 1.5 ** 2), 0)
+    blur = lambda v: F.conv2d(F.conv2d(v, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+    p, q = (rearrange(v.float(), "b c t h w -> (b c t) 1 h w") for v in (a, b))
+    mp, mq = blur(p), blur(q)
+    vp, vq, cov = blur(p * p) - mp ** 2, blur(q * q) - mq ** 2, blur(p * q) - mp * mq
+    c1, c2 = 0.02 ** 2, 0.06 ** 2                                               # (0.01 * 2)^2, (0.03 * 2)^2
+    similar = (2 * mp * mq + c1) * (2 * cov + c2) / ((mp ** 2 + mq ** 2 + c1) * (vp + vq + c2))
+    return similar.mean((1, 2, 3)).view(len(a), -1).mean(1)
+
+
+def frechet(x, y):
+    """Frechet distance between Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017, arXiv 1706.08500)."""
+    x, y = x.double(), y.double()
+    a, b = x.T.cov(), y.T.cov()
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                     # of a; covariances are symmetric
+    cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross).clamp(min=0).item()
+
+
+class RandomFeatures(torch.nn.Module):
+    """A 3-D convolutional network with fixed random weights (ours): features for `rfvd`, where FVD's network is not at hand."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        widths = [3, 32, 64]
+        for i in range(2):
+            self.register_buffer(f"w{i}", torch.randn(widths[i + 1], widths[i], 3, 3, 3, generator=g) / math.sqrt(widths[i] * 27 / 2))
+
+    def forward(self, video):
+        """(b, 3, t, h, w) in [-1, 1] -> (b, 64)"""
+        for w in (self.w0, self.w1):
+            video = F.relu(F.conv3d(video.float(), w, stride=(1, 2, 2), padding=1))
+        return video.mean((2, 3, 4))
+
+
+class I3D:
+    """Features of FVD: the TorchScript I3D that StyleGAN-V's FVD uses (Skorokhodov et al. 2022), read from a file.
+
+    Frames are resized to 224 x 224, bilinear, and kept in [-1, 1].
+    """
+
+    def __init__(self, path, device):
+        self.net = torch.jit.load(path, map_location=device).eval()
+
+    def __call__(self, video):
+        """(b, 3, t, h, w) in [-1, 1], t >= 10 -> (b, 400)"""
+        return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)
 
 
 def save_gif(path, videos, fps=4, rows=4):
@@ -54,7 +131,7 @@ def nmi(codes, effects):
     return ((information(codes, effects) - information(permuted, effects)) / entropy).item()
 
 
-def probe(z, actions, z_test, actions_test, steps=1000, batch=512):
+def probe(z, actions, z_test, actions_test, steps=1000, batch=512, seed=0):
     """Linear probe from latent to real actions (Table 1): one layer, L1 loss, 1000 steps of 512; R2 of least squares.
 
     Args:
@@ -64,7 +141,7 @@ def probe(z, actions, z_test, actions_test, steps=1000, batch=512):
         dict: `l1`, test loss of the probe; `l1_constant`, that of the constant predictor; `r2`, variance explained on
         test data by the least-squares probe, mean over action dimensions.
     """
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     linear = torch.nn.Linear(z.shape[1], actions.shape[1])
     with torch.no_grad():
         linear.weight.zero_(), linear.bias.copy_(actions.median(0).values)
@@ -85,11 +162,11 @@ def probe(z, actions, z_test, actions_test, steps=1000, batch=512):
 
 
 @torch.no_grad()
-def infer(world, dataset, n, batch=64):
-    """Latent actions of n held-out clips: z (n, t-1, k*d), codes (n, t-1), indices (n, t-1, k), and the data's own labels"""
+def infer(world, dataset, n, batch=64, start=0):
+    """Latent actions of n clips from number `start` on: z (n, t-1, k*d), codes (n, t-1), indices (n, t-1, k), and the data's own labels"""
     device, parts = next(world.parameters()).device, []
-    for i in range(0, n, batch):
-        data = dataset[range(i, min(i + batch, n))]
+    for i in range(start, start + n, batch):
+        data = dataset[range(i, min(i + batch, start + n))]
         z, indices, _ = world.lam.encode(to_video(data["video"], device))
         parts.append({"z": z.flatten(2).float().cpu(), "indices": indices.cpu(),
                       **{k: v for k, v in data.items() if k in ("actions", "effects")}})
@@ -102,37 +179,83 @@ def code_numbers(world, indices):
     return (indices * world.lam.cfg.num_codes ** torch.arange(indices.shape[-1], device=indices.device)).sum(-1)
 
 
-@torch.no_grad()
-def predict(world, dataset, n, steps=None, guidance=None, batch=64):
-    """Dreams of held-out clips, frame by frame from one true frame (Table 2), under the same noise each time.
+def fdm_rollout(world, video, z):
+    """The FDM's own rollout, frame by frame from the first frame, at the LAM's resolution: (b, 3, t, size, size)"""
+    frames = [resize(video[:, :, :1], world.lam.cfg.size)]
+    for i in range(z.shape[1]):
+        frames.append(world.lam.fdm(frames[-1], z[:, i:i + 1]).clamp(-1, 1))
+    return torch.cat(frames, 2)
+
+
+def dreams(world, data, variants, seed=0, steps=None, guidance=None):
+    """Clips dreamed from their first frame, under the same noise each time (Table 2).
+
+    Args:
+        data: a batch of clips.
+        variants: some of `inferred` actions; `shuffled`, those of another clip of the source; `null`, zeros; `copy`, the
+            first frame held still; `whole`, inferred actions, but all frames of the clip at once; `fdm`, the FDM's own
+            rollout; `adapted`, the adapter's codes for the true actions.
 
     Returns:
-        dict of PSNRs over the generated frames only, mean over clips: `psnr` with inferred actions, `psnr_shuffled`
-        with those of another clip of the source, `psnr_null` with zeros, `psnr_copy` of the first frame held still,
-        `psnr_adapted`, if there is an adapter, with its codes for the true actions, `controllability` = psnr -
-        psnr_shuffled; and the first videos [true, inferred, shuffled], each (n, 3, t, h, w).
+        the true video and a dict of videos (b, 3, t, h, w).
     """
-    device, rows, shown = next(world.parameters()).device, [], None
-    for i in range(0, n, batch):
-        data = dataset[range(i, min(i + batch, n))]
-        video, fps = to_video(data["video"], device), data["fps"].to(device)
-        z = world.lam.encode(video)[0]
-        # the clip before it in the same source; alone in its source, a clip keeps its actions
-        order = torch.argsort(data["source"], stable=True)
-        other = torch.empty_like(order)
-        for s in data["source"].unique():
-            mine = order[data["source"][order] == s]
-            other[mine] = mine.roll(1)
-        dream = lambda a: world.rollout(video[:, :, :1], a, steps, guidance, fps, Draw(0, i, device=device))
-        dreams = {"psnr": dream(z), "psnr_shuffled": dream(z[other]), "psnr_null": dream(torch.zeros_like(z)),
-                  "psnr_copy": video[:, :, :1].expand_as(video)}
-        if world.adapter and "actions" in data:
-            codes = world.adapter(data["actions"].to(device)).argmax(-1)        # (b, t-1, k)
-            dreams["psnr_adapted"] = dream(F.embedding(codes, world.lam.vq.codebook))
-        rows.append({k: psnr(v[:, :, 1:], video[:, :, 1:]).cpu() for k, v in dreams.items()})
-        shown = shown or [v.cpu() for v in (video, dreams["psnr"], dreams["psnr_shuffled"])]
-    out = {k: torch.cat([r[k] for r in rows]).mean().item() for k in rows[0]}
-    return out | {"controllability": out["psnr"] - out["psnr_shuffled"]}, shown
+    device = next(world.parameters()).device
+    video, fps = to_video(data["video"], device), data["fps"].to(device)
+    z = world.lam.encode(video)[0]
+    # the clip before it in the same source; alone in its source, a clip keeps its actions
+    order = torch.argsort(data["source"], stable=True)
+    other = torch.empty_like(order)
+    for s in data["source"].unique():
+        mine = order[data["source"][order] == s]
+        other[mine] = mine.roll(1)
+    actions = {"inferred": z, "shuffled": z[other.to(device)], "null": torch.zeros_like(z)}
+    if "adapted" in variants:
+        actions["adapted"] = F.embedding(world.adapter(data["actions"].to(device)).argmax(-1), world.lam.vq.codebook)
+    out = {}
+    for v in variants:
+        draw = Draw(seed, device=device)
+        if v == "copy":
+            out[v] = video[:, :, :1].expand_as(video)
+        elif v == "fdm":
+            out[v] = resize(fdm_rollout(world, video, z), video.shape[-1])
+        elif v == "whole":
+            first = world.vae.encode(video[:, :, :1])
+            b, c, _, h, w = first.shape
+            x = torch.cat([first, draw(torch.randn, b, c, world.vae.latent_frames(video.shape[2]) - 1, h, w)], 2)
+            x = sample(world.dit, x, 1, world.pack(z), steps or world.cfg.sampling_steps, world.cfg.guidance if guidance is None else guidance,
+                       world.cfg.time_shift, fps)
+            out[v] = world.vae.decode(x, video.shape[2]).clamp(-1, 1)
+        else:
+            out[v] = world.rollout(video[:, :, :1], actions[v], steps, guidance, fps, draw)
+    return video, out
+
+
+@torch.no_grad()
+def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy"), measures={"psnr": psnr}, features={}, seed=0, batch=32, rank=0,
+            ranks=1, **sampling):
+    """Measure dreams of held-out clips, over the generated frames only. Ranks share the batches of clips.
+
+    Args:
+        measures: functions of two videos -> (b,). features: functions of a video -> (b, d), for Frechet distances.
+
+    Returns:
+        {variant: {measure: (n,) values of the clips}}, {variant or "true": {feature: (n, d)}}, and the first videos
+        [true, first variant, second variant], each (b, 3, t, h, w), on the first rank.
+    """
+    parts, shown = [], None
+    for i in range(rank * batch, n, ranks * batch):
+        numbers = range(seed * n + i, seed * n + min(i + batch, n))             # a seed: other clips, other noise
+        video, made = dreams(world, dataset[numbers], variants, seed * 1000003 + i, **sampling)
+        shown = shown or [v.cpu() for v in [video, *made.values()][:3]]
+        values = {v: {k: f(d[:, :, 1:], video[:, :, 1:]).cpu() for k, f in measures.items()} for v, d in made.items()}
+        seen = {v: {k: f(d[:, :, 1:]).cpu() for k, f in features.items()} for v, d in {"true": video, **made}.items()}
+        parts.append((i, values, seen))
+    if ranks > 1:
+        everyone = [None] * ranks
+        dist.all_gather_object(everyone, parts)
+        parts = sorted((p for mine in everyone for p in mine), key=lambda p: p[0])
+    join = lambda at: {v: {k: torch.cat([p[at][v][k] for p in parts]) for k in row} for v, row in parts[0][at].items()}
+    return join(1), join(2), shown
 
 
 @torch.no_grad()
@@ -196,12 +319,14 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
     if world.lam.quantize:
         found = infer(world, dataset, -(-transitions // (dataset.frames - 1)))
         out = codebook_metrics(found["indices"].flatten(0, 1)[:transitions], world.lam.cfg.num_codes)
+    shown, names = None, {"psnr": "inferred", "psnr_shuffled": "shuffled", "psnr_null": "null", "psnr_copy": "copy"}
+    out |= dict.fromkeys([*names, "controllability"])
     if clips:
-        prediction, shown = predict(world, dataset, clips, **sampling)
-        out |= prediction | loss_by_time(world, dataset, clips)
-    else:
-        out |= dict.fromkeys(("psnr", "psnr_shuffled", "psnr_null", "psnr_copy", "controllability"))
-        shown = None
+        if world.adapter and labelled:
+            names["psnr_adapted"] = "adapted"
+        values, _, shown = predict(world, dataset, clips, names.values(), **sampling)
+        out |= {k: values[v]["psnr"].mean().item() for k, v in names.items()} | loss_by_time(world, dataset, clips)
+        out["controllability"] = out["psnr"] - out["psnr_shuffled"]
     probes, out["nmi"] = [], None
     for name, train, test in labelled:
         n = -(-pairs // (test.frames - 1))
@@ -215,3 +340,279 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
     for k in ("r2", "l1"):
         out[f"probe_{k}"] = float(np.mean([p[k] for p in probes])) if probes else None
     return out, shown
+
+
+# the command line -----------------------------------------------------------------------------------------------------
+
+
+def optional(args, world, size, frames, device):
+    """LPIPS and FVD where they can be computed, and why not where they cannot: measures, features, {column: reason}"""
+    measures, features, why = {"psnr": psnr}, {"rfvd": RandomFeatures().to(device)}, {}
+    if size < 11:
+        why["ssim"] = f"frames of {size} pixels are smaller than its window of 11"
+    else:
+        measures["ssim"] = lambda a, b: 100 * ssim(a, b)
+    if size < 32:
+        why["lpips"] = f"frames of {size} pixels are too small for its network"
+    else:
+        try:
+            import lpips
+            net = lpips.LPIPS(net="alex", verbose=False).to(device)
+            by_frame = lambda v: rearrange(v.float(), "b c t h w -> (b t) c h w")
+            measures["lpips"] = lambda a, b: 100 * net(by_frame(a), by_frame(b)).view(len(a), -1).mean(1)
+        except ImportError:
+            why["lpips"] = "needs pip install lpips"
+        except Exception as error:                              # its network's weights are downloaded
+            why["lpips"] = f"its network could not be loaded ({str(error).splitlines()[0]})"
+    if not args.i3d:
+        why["fvd"] = "needs --i3d PATH, StyleGAN-V's I3D as TorchScript"
+    elif frames < 11:
+        why["fvd"] = f"needs clips of at least 11 frames, of which 10 are generated; these have {frames}"
+    else:
+        try:
+            features["fvd"] = I3D(args.i3d, device)
+        except Exception as error:                              # whatever a broken file makes torch raise
+            raise ValueError(f"--i3d {args.i3d}: cannot be read as TorchScript ({str(error).splitlines()[0]})") from None
+    return measures, features, why
+
+
+def predict_rows(world, dataset, variants, args, measures, features, rank, ranks):
+    """{variant: {column: [value of each seed]}} and the first videos of the first seed"""
+    rows, shown = {v: {} for v in variants}, None
+    for seed in args.seeds:
+        values, seen, videos = predict(world, dataset, args.clips, variants, measures, features, seed, rank=rank, ranks=ranks,
+                                       steps=args.sampling_steps, guidance=args.guidance)
+        shown = shown or videos
+        for v in variants:
+            numbers = {k: x.mean().item() for k, x in values[v].items()} | {k: frechet(x, seen["true"][k]) for k, x in seen[v].items()}
+            for k, x in numbers.items():
+                rows[v].setdefault(k, []).append(x)
+    if "shuffled" in variants:
+        rows["inferred"]["controllability"] = [a - b for a, b in zip(rows["inferred"]["psnr"], rows["shuffled"]["psnr"])]
+    return rows, shown
+
+
+def probe_rows(world, train, test, args):
+    """One row of Table 1: {column: [value of each seed]}; every seed has other clips"""
+    n, flat, row = -(-args.transitions // (test.frames - 1)), lambda x: x.flatten(0, 1), {}
+    for seed in args.seeds:
+        a, b = infer(world, train, n, start=seed * n), infer(world, test, n, start=seed * n)
+        x, y, x_test, y_test = flat(a["z"]), flat(a["actions"]), flat(b["z"]), flat(b["actions"])
+        mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        numbers = probe(x, y, x_test, y_test, seed=seed) | {"l1_shuffled": probe(x[mixed], y, x_test, y_test, seed=seed)["l1"]}
+        if world.lam.quantize and "effects" in b and toy.EMBODIMENTS[test.source].matrix is None:
+            numbers["nmi"] = nmi(b["codes"].flatten(), b["effects"].flatten())
+        for k, v in numbers.items():
+            row.setdefault(k, []).append(v)
+    return row
+
+
+def table(title, rows):
+    """Print {row: {column: [value of each seed]}} as mean +- standard deviation over seeds."""
+    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
+    cell = lambda v: "-" if not v else f"{np.mean(v):.3f}" + (f" +- {np.std(v, ddof=1):.3f}" if len(v) > 1 else "")
+    lines = [[title, *columns]] + [[name, *(cell(row.get(k)) for k in columns)] for name, row in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip())
+    print(flush=True)
+
+
+def paired_t(a, b):
+    """Paired t-test: t and its two-sided p, by integrating the density; None where the differences do not vary."""
+    d = np.asarray(a) - np.asarray(b)
+    if len(d) < 2 or not d.std():
+        return None, None
+    t = d.mean() / (d.std(ddof=1) / math.sqrt(len(d)))
+    angle = np.linspace(0, np.pi / 2, 20001)                    # with t = sqrt(n-1) tan(angle), the density is cos^(n-2)
+    density = np.cos(angle) ** (len(d) - 2)
+    beyond = np.arctan(abs(t) / math.sqrt(len(d) - 1))
+    return float(t), float(np.trapezoid(np.where(angle >= beyond, density, 0), angle) / np.trapezoid(density, angle))
+
+
+def compare(a, b):
+    """Two runs, or two comma-separated sets of runs, side by side: a run's seeds, or the runs of a set, are the pairs."""
+    def read(names):
+        runs = []
+        for name in names.split(","):
+            try:
+                with open(os.path.join(name, "results.json")) as f:
+                    runs.append(json.load(f))
+            except (OSError, ValueError):
+                raise ValueError(f"--compare {name}: has no results.json; run --ckpt {name} first") from None
+        flat = [{(task, row, k): v for task in run["tables"] for row, cells in run["tables"][task].items() for k, v in cells.items()} for run in runs]
+        return flat[0] if len(runs) == 1 else {k: [float(np.mean(f[k])) for f in flat] for k in flat[0] if all(k in f for f in flat)}
+    a, b = read(a), read(b)
+    rows = {}
+    for key in a:
+        if key in b and len(a[key]) == len(b[key]):
+            t, p = paired_t(a[key], b[key])
+            rows[" ".join(key)] = {"A": a[key], "B": b[key], "A - B": [x - y for x, y in zip(a[key], b[key])], "t": [t] if t is not None else [],
+                                   "p": [p] if p is not None else [], "n": [len(a[key])]}
+    if not rows:
+        raise ValueError("--compare: the two have no measure with the same number of seeds in common")
+    table("paired", rows)
+
+
+def adapted(args, config):
+    """Folder of the run adapted from --ckpt to --adapt_data; made by train.py if there is none."""
+    out = os.path.normpath(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt))
+    name = f"{os.path.basename(out)}-{os.path.basename(args.adapt_data)}"
+    target = os.path.join(os.path.dirname(out), name)
+    if not os.path.exists(os.path.join(target, "ckpt.pt")):
+        skip = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam", "dry_run", "batch")
+        flags = [f"--{k}={v}" for k, v in config.items() if k not in skip]
+        print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} --name {name}", flush=True)
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+        done = subprocess.run([sys.executable, script, *flags, "--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"],
+                              cwd=os.path.dirname(os.path.dirname(os.path.abspath(out))), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        if done.returncode:
+            raise ValueError(f"adaptation failed: {done.stderr.strip().splitlines()[-1]}")
+    return target
+
+
+def parse(argv):
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"evaluate.py: {message}\n")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt", help="run folder or checkpoint")
+    add("--task", default="all", choices=("probe", "predict", "adapt", "codebook", "transfer", "all"))
+    add("--data", nargs="+", help="sources to measure on, a row each (toy: every robot and the held-out one; else the run's own)")
+    add("--adapt_data", help="source with actions to adapt to (toy: held-out)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a seed has clips, noise and probe of its own")
+    add("--clips", type=int, default=128, help="dreamed clips a source and seed (the paper: 1920)")
+    add("--transitions", type=int, default=20000, help="held-out transitions of the probe, and of the codebook a tenth")
+    add("--sampling_steps", type=int, help="Euler steps (as trained)")
+    add("--guidance", type=float, help="guidance scale (as trained)")
+    add("--i3d", help="FVD's network: StyleGAN-V's I3D as TorchScript")
+    add("--vae_weights", help="where Open-Sora's VAE lies now")
+    add("--compare", nargs=2, metavar=("A", "B"), help="two evaluated runs, or comma-separated sets of them")
+    args = parser.parse_args(argv)
+    if not (args.ckpt or args.compare):
+        parser.error("--ckpt: which run?")
+    for k in ("clips", "transitions", "sampling_steps"):
+        if getattr(args, k) is not None and getattr(args, k) < 2 - (k == "sampling_steps"):
+            parser.error(f"--{k} {getattr(args, k)}: too few")
+    return args
+
+
+def main(argv):
+    args = parse(argv)
+    if args.compare:
+        return compare(*args.compare)
+    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    state = load_checkpoint(args.ckpt)
+    config, world = state["config"], restore(state, args.vae_weights).to(device).eval()
+    known = config["data"] in TOY
+    sources = args.data or (list(toy.EMBODIMENTS) if known else [config["data"]])
+    args.adapt_data = args.adapt_data or ("held-out" if known else config["data"])
+    open_clips = lambda name, split: clips(name, config["size"], config["eval_frames"], config["seed"], split)
+    heldout = {name: open_clips(name, "heldout") for name in sources}
+    has_actions = lambda data: "actions" in data[[0]]
+    wants = lambda task: args.task in (task, "all")
+    measures, features, why = optional(args, world, config["size"], config["eval_frames"], device)
+    if args.clips < 64 and rank == 0 and (wants("predict") or wants("adapt")):
+        print(f"warning: {args.clips} clips are fewer than the 64 features of rfvd; its covariance is singular", file=sys.stderr)
+    if ranks > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    out = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt) or "."
+    tables, pictures = {}, os.path.join(out, "samples")
+    os.makedirs(pictures, exist_ok=True)
+
+    def show(task, rows):
+        tables[task] = rows
+        if rank == 0:
+            table(task, rows)
+
+    if wants("probe") and rank == 0:
+        rows = {name: probe_rows(world, open_clips(name, "train"), data, args) for name, data in heldout.items() if has_actions(data)}
+        if rows:
+            show("probe", rows)
+        else:
+            why["probe"] = "no source has actions"
+    if wants("predict"):
+        variants = ["inferred", "shuffled", "null", "copy", "whole"] + ["fdm"] * bool(world.lam.fdm)
+        rows = {}
+        for name, data in heldout.items():
+            made, videos = predict_rows(world, data, variants, args, measures, features, rank, ranks)
+            rows |= {f"{name} {v}": row for v, row in made.items()}
+            if videos and rank == 0:
+                save_gif(os.path.join(pictures, f"predict-{os.path.basename(name)}.gif"), videos)
+        show("predict", rows)
+    usage = {}
+    if (wants("codebook") or wants("transfer")) and not world.lam.quantize:
+        raise ValueError(f"{args.ckpt}: its latent actions are still continuous")
+    if wants("codebook") and rank == 0:
+        count = lambda data, n: infer(world, data, -(-n // (data.frames - 1)))["indices"].flatten(0, 1)
+        usage["training"] = count(clips(config["data"], config["size"], config["eval_frames"], config["seed"]), args.transitions // 10)
+        usage |= {f"inferred, {name}": count(data, args.transitions // 10) for name, data in heldout.items()}
+    if wants("adapt") or (wants("codebook") and world.adapter):
+        if world.adapter:
+            tuned, data = world, open_clips(config["data"], "heldout")
+        else:
+            target = adapted(args, config) if rank == 0 else None
+            if ranks > 1:
+                target = [target]
+                dist.broadcast_object_list(target)
+                target = target[0]
+            tuned, data = restore(load_checkpoint(target), args.vae_weights).to(device).eval(), open_clips(args.adapt_data, "heldout")
+        example = data[[0]].get("actions")
+        if example is None or example.shape[-1] != tuned.adapter.action_dim:
+            raise ValueError(f"--adapt_data {args.adapt_data}: its actions are {'absent' if example is None else f'of {example.shape[-1]} dimensions'}, "
+                             f"the adapter takes {tuned.adapter.action_dim}")
+        found = infer(tuned, data, -(-args.transitions // 10 // (data.frames - 1)))
+        with torch.no_grad():
+            guess = tuned.adapter(found["actions"].to(device)).argmax(-1).cpu()
+        usage["adapter, " + args.adapt_data] = guess.flatten(0, 1)
+        if wants("adapt"):
+            rows, _ = predict_rows(tuned, data, ["inferred", "adapted", "copy"], args, measures, features, rank, ranks)
+            rows["adapted"] |= {"code_accuracy": [(guess == found["indices"]).float().mean().item()]}
+            show("adapt", rows)
+    if wants("codebook") and rank == 0:
+        show("codebook", {name: {k: [v] for k, v in codebook_metrics(x, world.lam.cfg.num_codes).items()} for name, x in usage.items()})
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+            figure, axes = plt.subplots(len(usage), 1, figsize=(6, 1.5 * len(usage)), sharex=True, layout="constrained")
+            for axis, (name, x) in zip(np.atleast_1d(axes), usage.items()):
+                axis.bar(range(world.lam.cfg.num_codes), torch.bincount(x.flatten(), minlength=world.lam.cfg.num_codes) / x.numel())
+                axis.set_title(name, fontsize=9)
+            axes[-1].set_xlabel("code"), figure.supylabel("share")
+            figure.savefig(os.path.join(pictures, "codebook.png"), dpi=100)
+        except ImportError:
+            why["codebook.png"] = "needs pip install matplotlib"
+    if wants("transfer") and rank == 0:
+        names = list(heldout)
+        donor, other = (to_video(heldout[n][range(4)]["video"], device) for n in (names[0], names[-1]))
+        if len(names) == 1:
+            other = other.roll(1, 0)
+        with torch.no_grad():
+            z = world.lam.encode(donor)[0]
+            made = [world.rollout(v[:, :, :1], z, args.sampling_steps, args.guidance, draw=Draw(0, device=device)) for v in (donor, other)]
+        save_gif(os.path.join(pictures, "transfer.gif"), [v.cpu() for v in (donor, *made)])
+    if rank == 0:
+        if wants("predict") or wants("adapt"):
+            for column in ("ssim", "lpips", "fvd"):
+                if column in why:
+                    print(f"{column}: not computed; {why[column]}")
+        protocol = {"clips": args.clips, "frames": config["eval_frames"], "generated": config["eval_frames"] - 1, "size": config["size"],
+                    "transitions": args.transitions, "seeds": args.seeds, "sampling_steps": args.sampling_steps or world.cfg.sampling_steps,
+                    "guidance": world.cfg.guidance if args.guidance is None else args.guidance, "lpips": "alex, x100", "ssim": "x100",
+                    "rfvd": "random 3-D conv net of 64 features, not FVD"}
+        print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
+        with open(os.path.join(out, "results.json.part"), "w") as f:
+            json.dump({"ckpt": args.ckpt, "step": state["step"], "protocol": protocol, "tables": tables, "not_computed": why}, f, indent=1)
+        os.replace(os.path.join(out, "results.json.part"), os.path.join(out, "results.json"))
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DataError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"evaluate.py: {error}")

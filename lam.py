@@ -171,6 +171,7 @@ class FDM(nn.Module):
         n = cfg.size // cfg.patch
         self.patch = nn.Linear(3 * cfg.patch ** 2, cfg.width)
         self.action = nn.Linear(cfg.code_dim, cfg.width)
+        nn.init.normal_(self.action.weight, std=1 / (cfg.latent_scale * cfg.code_dim ** 0.5))
         self.slot = nn.Parameter(torch.randn(cfg.tokens, cfg.width))            # tells the k tokens apart
         self.register_buffer("pos", sincos_2d(torch.arange(n), torch.arange(n), cfg.width), persistent=False)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, temporal=False) for _ in range(cfg.fdm_depth))
