@@ -7,6 +7,7 @@ that take disjoint numbers see disjoint data, and a step's clips do not depend o
 
 import glob
 import os
+import signal
 
 import imageio.v3 as imageio
 import numpy as np
@@ -36,6 +37,7 @@ class ToyClips(Dataset):
         self.source, self.size, self.frames = source, size, frames
         self.names = list(toy.MIXTURE) if source == "robots" else [source]
         self.stream = {"train": 2 * seed, "heldout": 1}[split]                  # held-out clips are the same for all seeds
+        self.labelled = source in toy.EMBODIMENTS                               # true actions are known
 
     def __getitem__(self, indices):
         indices = np.asarray(indices)
@@ -93,6 +95,7 @@ class VideoClips(Dataset):
             self.episodes.append((video, fps, actions))
         if not self.episodes:
             raise DataError(f"--data {path}: no clip of {frames} frames in the {split} files ({self.skipped[0]})")
+        self.labelled = all(a is not None for _, _, a in self.episodes)
         self.starts = np.cumsum([len(v) - frames + 1 for v, _, _ in self.episodes])
 
     def read(self, file):
@@ -121,7 +124,7 @@ class VideoClips(Dataset):
             actions.append(None if a is None else a[at:at + self.frames - 1])
         batch = {"video": torch.from_numpy(np.stack(video)), "fps": torch.tensor(fps, dtype=torch.float32),
                  "source": torch.zeros(len(video), dtype=torch.long)}
-        if all(a is not None for a in actions):
+        if self.labelled:
             batch["actions"] = torch.from_numpy(np.stack(actions))
         return batch
 
@@ -141,7 +144,13 @@ def loader(dataset, batch, start, stop, rank=0, ranks=1):
     local = batch // ranks
     numbers = [range(step * batch + rank * local, step * batch + (rank + 1) * local) for step in range(start, stop)]
     cuda = torch.cuda.is_available()        # toy clips cost a few per cent of a step on a CPU, where workers would take its cores
-    return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=4 if cuda else 0, pin_memory=cuda)
+    return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=4 if cuda else 0, pin_memory=cuda, worker_init_fn=undisturbed)
+
+
+def undisturbed(_):
+    """A loader worker leaves it to its parent to end on a signal: torchrun sends them to the whole process group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_video(frames, device="cpu"):

@@ -114,7 +114,7 @@ def collapsed(indices, share=0.95):
 def cka(x, y):
     """Linear centred kernel alignment of features (n, p) and (n, q), in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414);
     0 if either is constant."""
-    x, y = (v.double() - v.double().mean(0) for v in (x, y))
+    x, y = (v.cpu().double() - v.cpu().double().mean(0) for v in (x, y))
     return ((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-30)).item()
 
 
@@ -261,12 +261,14 @@ def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy")
 @torch.no_grad()
 def loss_by_time(world, dataset, n, use_actions=True, bins=4):
     """Flow loss on held-out clips by flow time: {"loss_t0.00": ..., "loss_t0.25": ...}, and the mean as `loss`"""
-    device = next(world.parameters()).device
-    data = dataset[range(n)]
-    _, out = world(to_video(data["video"], device), Draw(0, 1, device=device), data["fps"].to(device), use_actions)
-    which = (out["clip_t"] * bins).long().clamp(max=bins - 1)
-    result = {f"loss_t{k / bins:.2f}": out["clip_flow"][which == k].mean().item() for k in range(bins) if (which == k).any()}
-    return {"loss": out["clip_flow"].mean().item(), **result}
+    device, parts = next(world.parameters()).device, []
+    for i in range(0, n, 64):
+        data = dataset[range(i, min(i + 64, n))]
+        out = world(to_video(data["video"], device), Draw(0, 1, i, device=device), data["fps"].to(device), use_actions)[1]
+        parts.append((out["clip_t"], out["clip_flow"]))
+    t, loss = map(torch.cat, zip(*parts))
+    which = (t * bins).long().clamp(max=bins - 1)
+    return {"loss": loss.mean().item()} | {f"loss_t{k / bins:.2f}": loss[which == k].mean().item() for k in range(bins) if (which == k).any()}
 
 
 @torch.no_grad()
@@ -345,7 +347,7 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
 # the command line -----------------------------------------------------------------------------------------------------
 
 
-def optional(args, world, size, frames, device):
+def optional(args, size, frames, device):
     """LPIPS and FVD where they can be computed, and why not where they cannot: measures, features, {column: reason}"""
     measures, features, why = {"psnr": psnr}, {"rfvd": RandomFeatures().to(device)}, {}
     if size < 11:
@@ -424,10 +426,9 @@ def paired_t(a, b):
     if len(d) < 2 or not d.std():
         return None, None
     t = d.mean() / (d.std(ddof=1) / math.sqrt(len(d)))
-    angle = np.linspace(0, np.pi / 2, 20001)                    # with t = sqrt(n-1) tan(angle), the density is cos^(n-2)
-    density = np.cos(angle) ** (len(d) - 2)
-    beyond = np.arctan(abs(t) / math.sqrt(len(d) - 1))
-    return float(t), float(np.trapezoid(np.where(angle >= beyond, density, 0), angle) / np.trapezoid(density, angle))
+    beyond = math.atan(abs(t) / math.sqrt(len(d) - 1))          # with t = sqrt(n-1) tan(angle), the density is cos^(n-2)
+    area = lambda start: np.trapezoid(np.cos(x := np.linspace(start, np.pi / 2, 10001)) ** (len(d) - 2), x)
+    return float(t), float(area(beyond) / area(0))
 
 
 def compare(a, b):
@@ -508,12 +509,11 @@ def main(argv):
     config, world = state["config"], restore(state, args.vae_weights).to(device).eval()
     known = config["data"] in TOY
     sources = args.data or (list(toy.EMBODIMENTS) if known else [config["data"]])
-    args.adapt_data = args.adapt_data or ("held-out" if known else config["data"])
+    args.adapt_data = args.adapt_data or (config["data"] if world.adapter or not known else "held-out")
     open_clips = lambda name, split: clips(name, config["size"], config["eval_frames"], config["seed"], split)
     heldout = {name: open_clips(name, "heldout") for name in sources}
-    has_actions = lambda data: "actions" in data[[0]]
     wants = lambda task: args.task in (task, "all")
-    measures, features, why = optional(args, world, config["size"], config["eval_frames"], device)
+    measures, features, why = optional(args, config["size"], config["eval_frames"], device)
     if args.clips < 64 and rank == 0 and (wants("predict") or wants("adapt")):
         print(f"warning: {args.clips} clips are fewer than the 64 features of rfvd; its covariance is singular", file=sys.stderr)
     if ranks > 1:
@@ -528,7 +528,7 @@ def main(argv):
             table(task, rows)
 
     if wants("probe") and rank == 0:
-        rows = {name: probe_rows(world, open_clips(name, "train"), data, args) for name, data in heldout.items() if has_actions(data)}
+        rows = {name: probe_rows(world, open_clips(name, "train"), data, args) for name, data in heldout.items() if data.labelled}
         if rows:
             show("probe", rows)
         else:
@@ -551,7 +551,7 @@ def main(argv):
         usage |= {f"inferred, {name}": count(data, args.transitions // 10) for name, data in heldout.items()}
     if wants("adapt") or (wants("codebook") and world.adapter):
         if world.adapter:
-            tuned, data = world, open_clips(config["data"], "heldout")
+            tuned, data = world, open_clips(args.adapt_data, "heldout")
         else:
             target = adapted(args, config) if rank == 0 else None
             if ranks > 1:
@@ -559,10 +559,9 @@ def main(argv):
                 dist.broadcast_object_list(target)
                 target = target[0]
             tuned, data = restore(load_checkpoint(target), args.vae_weights).to(device).eval(), open_clips(args.adapt_data, "heldout")
-        example = data[[0]].get("actions")
-        if example is None or example.shape[-1] != tuned.adapter.action_dim:
-            raise ValueError(f"--adapt_data {args.adapt_data}: its actions are {'absent' if example is None else f'of {example.shape[-1]} dimensions'}, "
-                             f"the adapter takes {tuned.adapter.action_dim}")
+        dims = data[[0]]["actions"].shape[-1] if data.labelled else 0
+        if dims != tuned.adapter.action_dim:
+            raise ValueError(f"--adapt_data {args.adapt_data}: its actions have {dims} dimensions, the adapter takes {tuned.adapter.action_dim}")
         found = infer(tuned, data, -(-args.transitions // 10 // (data.frames - 1)))
         with torch.no_grad():
             guess = tuned.adapter(found["actions"].to(device)).argmax(-1).cpu()

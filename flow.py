@@ -269,6 +269,8 @@ def load_generator(path, **action):
     try:
         state = load_checkpoint(path)
     except ValueError:
+        if os.path.isdir(path):
+            raise
         return load_opensora(path, **action)
     dit = DiT(replace(DiTConfig(**state["world"]["dit"]), **action))
     dit.load_state_dict(dit.state_dict() | {k: v for k, v in state["dit"].items() if not k.startswith("action.")})

@@ -220,7 +220,8 @@ class Standardize(nn.Module):
                 self.moments.lerp_(moments, self.momentum)
                 self.weight.lerp_(torch.ones_like(self.weight), self.momentum)
         mean, square = self.moments / self.weight.clamp(min=1e-6)
-        return (z - mean) / (square - mean ** 2).clamp(min=1e-6).sqrt()
+        variance = torch.where(self.weight > 0, (square - mean ** 2).clamp(min=1e-6), 1.0)      # before training z stays as it is
+        return (z - mean) / variance.sqrt()
 
 
 class LAM(nn.Module):

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import toy
 from data import ToyClips, VideoClips, loader, random_crop
 from dit import DiT, DiTConfig, KVCache, load_opensora
-from evaluate import align, cka, collapsed, nmi, predict, probe, psnr
+from evaluate import align, cka, collapsed, frechet, nmi, paired_t, predict, probe, psnr, ssim
 from flow import Draw, FlowConfig, World, build, load_checkpoint, load_world, sample, shift_time, time_ratio
 from lam import LAM, Adapter, LAMConfig, Standardize
 from train import parse
@@ -71,10 +72,10 @@ def until(condition, process, seconds=100):
     assert condition(), process.communicate(timeout=10) if process.poll() is not None else "too slow"
 
 
-def complaint(done):
+def complaint(done, script="train.py"):
     """The one line of a user's mistake."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("train.py: "), done.stderr
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: "), done.stderr
     return lines[0]
 
 
@@ -612,6 +613,42 @@ def test_adapter_learns_codes_from_real_actions():
     assert adapter(actions).shape == (64, 5, 2, 8) and (adapter(actions).argmax(-1) == codes).float().mean() > 0.9
 
 
+def test_psnr_and_ssim_are_scikit_images():
+    # by scikit-image 0.26: mean over frames of peak_signal_noise_ratio(data_range=2) and structural_similarity(data_range=2, channel_axis=0,
+    # gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    g = np.random.default_rng(0)
+    a = g.uniform(-1, 1, (2, 3, 4, 20, 24))
+    b = np.clip(a + g.normal(0, 0.3, a.shape), -1, 1)
+    yy, xx = np.mgrid[:32, :40] / 10
+    smooth = lambda k: np.array([[[np.sin(xx * (c + 1) + yy + t * k + i) for t in range(3)] for c in range(3)] for i in range(2)])
+    for a, b, want_psnr, want_ssim in ((a, b, [17.311943, 17.190056], [0.6146350, 0.6199761]),
+                                       (smooth(0.3), smooth(0.35) * 0.9, [27.812996, 27.800467], [0.9411236, 0.9422779])):
+        a, b = torch.tensor(a), torch.tensor(b)
+        assert torch.allclose(psnr(a, b), torch.tensor(want_psnr), atol=1e-4) and torch.allclose(ssim(a, b), torch.tensor(want_ssim), atol=1e-4)
+    assert torch.allclose(ssim(a, a), torch.ones(2))
+    with pytest.raises(ValueError, match="window of 11x11"):
+        ssim(torch.zeros(1, 3, 2, 8, 8), torch.zeros(1, 3, 2, 8, 8))
+
+
+def test_frechet_distance_known_answers():
+    g = torch.Generator().manual_seed(0)
+    def sample_of(mean, std, n=500):                            # features with exactly these moments
+        x = torch.randn(n, 3, generator=g, dtype=torch.double)
+        x = x - x.mean(0)
+        x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+        turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.double))[0]
+        return x * torch.tensor(std) @ turn + torch.tensor(mean)
+    a, b = sample_of([0.0, 1, 2], [1.0, 2, 3]), sample_of([1.0, 1, 0], [2.0, 2, 1], 300)
+    assert frechet(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, rel=1e-9)          # squared differences of means and, axes shared, of deviations
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9) and frechet(a[:3], b[:3]) > 0            # fewer clips than features
+
+
+def test_paired_t_known_answers():
+    assert paired_t([1, 2, 3], [0, 0, 0]) == pytest.approx((3.464102, 0.074180), abs=1e-4)      # by scipy.stats.ttest_rel
+    assert paired_t([5, 7, 9, 11, 10], [4, 8, 6, 9, 9]) == pytest.approx((1.809068, 0.144704), abs=1e-5)
+    assert paired_t([1, 2], [0, 1]) == (None, None)
+
+
 def test_nmi_known_answers():
     e = torch.randint(0, 5, (4000,), generator=torch.Generator().manual_seed(0))
     assert nmi(3 * e + 1, e) == pytest.approx(1, abs=0.01)
@@ -711,6 +748,11 @@ def test_each_phase_trains_its_groups_and_leaves_the_rest_bit_equal(arm, trained
             same = [torch.equal(a, b) for a, b in zip(after[name], before[name])]
             assert (sum(same) < len(same) / 2) if name in trains.split() else all(same), (phase, name)
         before = after
+    if arm == "adapt":                                          # the adapter trains in its phase, and stays in the next
+        torch.manual_seed(0)
+        fresh = Adapter(2, world.lam.cfg).state_dict()
+        adapter, last = load_checkpoint("out/x/ckpt-00000003.pt")["adapter"], state["adapter"]
+        assert all(torch.equal(adapter[k], last[k]) and not torch.equal(adapter[k], fresh[k]) for k in fresh)
 
 
 def test_modes_start_from_the_same_weights():
@@ -761,6 +803,10 @@ def test_parts_of_a_batch_equal_the_whole(tmp_path):
     (["--mode", "adapt"], "needs --init"),
     (["--mode", "two-stage", "--lam_steps", "0"], "needs --init_lam"),
     (["--resume", "nowhere"], "not the folder of a run"),
+    (["--heads", "3"], "must be a multiple of 4 and of 2 x --heads"),
+    (["--time_shift", "0"], "auto, none, or a number above 0"),
+    (["--lam_patch", "0"], "at least 1"),
+    (["--mode", "adapt", "--init", "RUN"], "no checkpoint at"),
     (["--batch", "16", "--accumulate", "3"], "multiple of processes x --accumulate"),
     (["--vq_start", "1"], "below 1"),
     (["--dit_weights", "/no/such/run"], "no checkpoint"),
@@ -892,6 +938,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, whole, t
     equal(newest, whole / "out/1")
 
 
+def test_a_run_is_resumed_with_its_own_settings(whole, tmp_path):
+    shutil.copytree(whole / "out/1", tmp_path / "out/k")
+    done = run("train.py", "--resume", "out/k", "--batch", 8, cwd=tmp_path, ok=False)
+    assert "--batch 8: a run is resumed with its own settings, here 4" in complaint(done)
+
+
+def test_loader_workers_leave_signals_to_their_parent():
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+    batches = torch.utils.data.DataLoader(ToyClips("cross", 8, 2), batch_size=None, sampler=[[i] for i in range(40)], num_workers=2,
+                                          worker_init_fn=loader(ToyClips("cross", 8, 2), 1, 0, 1).worker_init_fn, prefetch_factor=1)
+    for i, _ in enumerate(batches):
+        if i == 2:
+            for child in torch.multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGTERM)
+    assert i == 39
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = run("train.py", "--name", "k", "--pretrain", 50, "--lr", "1e30", "--lr_warmup", 0, "--ckpt_every", 1, *SMALL, cwd=tmp_path, ok=False)
     line = done.stderr.splitlines()[-1]
@@ -931,3 +994,90 @@ def test_open_sora_weights_train_from_the_command_line(tmp_path):
     for k, v in a.state_dict().items():                         # neither changes what is computed
         assert torch.allclose(v, b.state_dict()[k], atol=1e-4), k
     assert a.rollout(torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 8, 2, 16)).shape == (1, 3, 9, 16, 16)
+
+
+# evaluation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A run with an FDM, evaluated whole, which adapts it first."""
+    folder = tmp_path_factory.mktemp("judged")
+    run("train.py", "--name", "r", "--mode", "two-stage", "--pretrain", 2, "--lam_steps", 2, "--wm_steps", 2, "--adapter_steps", 2, "--adapt_steps", 2,
+        *SMALL, cwd=folder)
+    done = run("evaluate.py", "--ckpt", "out/r", "--clips", 66, "--transitions", 64, "--seeds", 0, 1, cwd=folder)
+    return folder, done
+
+
+def test_evaluation_writes_every_table_and_picture(judged):
+    folder, done = judged
+    results = json.load(open(folder / "out/r/results.json"))
+    tables = results["tables"]
+    assert set(tables["probe"]) == set(toy.EMBODIMENTS) and set(tables["probe"]["cross"]) == {"l1", "l1_constant", "l1_shuffled", "r2", "nmi"}
+    for variant in ("inferred", "shuffled", "null", "copy", "whole", "fdm"):
+        row = tables["predict"][f"held-out {variant}"]
+        assert len(row["psnr"]) == 2 and row["rfvd"][0] >= 0 and -100 <= row["ssim"][0] <= 100
+    assert set(tables["adapt"]["adapted"]) >= {"psnr", "code_accuracy"} and set(tables["codebook"]) >= {"training", "inferred, held-out", "adapter, held-out"}
+    assert set(results["not_computed"]) >= {"lpips", "fvd"} and "lpips: not computed; frames of 16 pixels" in done.stdout
+    assert imageio.imread(folder / "out/r/samples/transfer.gif").shape[0] == 8 and (folder / "out/r/samples/predict-held-out.gif").exists()
+    assert (folder / "out/r-held-out/ckpt.pt").exists()
+
+
+def test_evaluation_on_two_ranks_equals_one(judged):
+    folder, _ = judged
+    tables = lambda: json.load(open(folder / "out/r/results.json"))["tables"]["predict"]
+    args = ["--ckpt", "out/r", "--task", "predict", "--data", "cross", "--clips", 66, "--seeds", 0]
+    run("evaluate.py", *args, cwd=folder)
+    one = tables()
+    run("evaluate.py", *args, cwd=folder, processes=2)
+    for variant, row in tables().items():
+        assert all(v == pytest.approx(one[variant][k], rel=1e-4, abs=1e-5) for k, v in row.items()), variant
+
+
+def test_lpips_and_fvd_are_what_their_networks_say(monkeypatch, tmp_path):
+    class Lpips(torch.nn.Module):                               # the package's interface: frames (n, 3, h, w) -> (n, 1, 1, 1)
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    class Detector(torch.nn.Module):                            # StyleGAN-V's I3D's interface
+        def forward(self, x, rescale: bool, resize: bool, return_features: bool):
+            assert x.shape[3] == 224 and x.shape[4] == 224 and not rescale and not resize and return_features
+            return x.mean((3, 4)).flatten(1)[:, ::5]
+    monkeypatch.setitem(sys.modules, "lpips", type(sys)("lpips"))
+    sys.modules["lpips"].LPIPS = Lpips
+    torch.jit.script(Detector()).save(str(tmp_path / "i3d.pt"))
+    args = evaluate.parse(["--ckpt", "x", "--i3d", str(tmp_path / "i3d.pt")])
+    measures, features, why = evaluate.optional(args, 32, 12, "cpu")
+    a, b = video(3, 12, 32), video(3, 12, 32, seed=1)
+    assert not why and torch.allclose(measures["lpips"](a, b), 100 * (a - b).abs().mean((1, 2, 3, 4)), atol=1e-4)
+    assert features["fvd"](a).shape == (3, 8) and set(evaluate.optional(args, 32, 8, "cpu")[2]) == {"fvd"}
+    (tmp_path / "bad.pt").write_bytes(b"no network")
+    with pytest.raises(ValueError, match="cannot be read as TorchScript"):
+        evaluate.optional(evaluate.parse(["--ckpt", "x", "--i3d", str(tmp_path / "bad.pt")]), 32, 12, "cpu")
+
+
+def test_comparison_of_two_runs(judged, tmp_path):
+    for name, shift in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        rows = {"inferred": {"psnr": [20.0 + i * (i + shift) for i in range(3)]}}
+        (tmp_path / name / "results.json").write_text(json.dumps({"tables": {"predict": rows}}))
+    done = run("evaluate.py", "--compare", "a", "b", cwd=tmp_path)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("predict inferred psnr"))
+    assert "21.667 +- 2.082" in line and "-1.000 +- 1.000" in line and "-1.732" in line and "3.000" in line
+    assert "a-1" in complaint(run("evaluate.py", "--compare", "a,a-1", "b", cwd=tmp_path, ok=False), "evaluate.py")
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--ckpt", "nowhere"], "no checkpoint at"), ([], "which run?"), (["--ckpt", "out/r", "--clips", "1"], "too few"),
+    (["--ckpt", "out/r", "--task", "adapt", "--adapt_data", "toy"], "has no actions"),
+    (["--ckpt", "out/r-held-out", "--task", "adapt", "--adapt_data", "cross"], "takes 2"),
+    (["--ckpt", "out/r", "--task", "predict", "--i3d", "out/r/config.json", "--data", "cross"], "at least 11 frames"),
+    (["--ckpt", "out/r", "--task", "probe", "--data", "/no/such/video"], "no such file"),
+])
+def test_bad_evaluations_get_one_line(args, words, judged):
+    folder, _ = judged
+    done = run("evaluate.py", *args, *(["--clips", 66, "--seeds", 0] if "--clips" not in args else []), cwd=folder, ok="11 frames" in words)
+    assert words in (done.stdout if "11 frames" in words else complaint(done, "evaluate.py"))

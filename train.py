@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -127,6 +128,12 @@ PRESETS = {
 }
 
 
+# what may differ when a run is resumed
+CHANGEABLE = ("resume", "name", "pretrain", "warmup", "e2e", "lam_steps", "wm_steps", "adapter_steps", "adapt_steps", "log_every", "eval_every",
+              "eval_clips", "eval_transitions", "ckpt_every", "keep", "accumulate", "device", "compile", "activation_checkpointing", "latent_cache",
+              "vae_weights", "dry_run")
+
+
 def phases(cfg):
     """What a run does, in order: who trains for how many steps. Phases of one schedule share a learning-rate schedule, which
     starts at step `first` and is `length` steps long: models that are trained apart have one each."""
@@ -151,8 +158,8 @@ def phases(cfg):
 
 
 def stop(message, status=1):
-    """End with one line, from one rank."""
-    if os.environ.get("RANK", "0") == "0":
+    """End with one line a node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"train.py: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -160,6 +167,14 @@ def stop(message, status=1):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         stop(message, 2)
+
+
+def restarted(out):
+    """Whether torchrun has restarted this process, on a single node, after a checkpoint of the same launch."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or not checkpoints(out):
+        return False
+    with open(os.path.join(out, "config.json")) as f:
+        return json.load(f).get("torchrun") == os.getppid()
 
 
 def flag(kind, text):
@@ -188,25 +203,37 @@ def parse(argv):
     base = PRESETS[given.get("preset", "tiny")]
     if given.get("mode") == "adapt":
         base = base | {"batch": 16}             # the paper's (appendix C.2)
-    # a rank that torchrun restarts goes on where its checkpoint is
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(os.path.join("out", given.get("name", Config.name))):
-        given.setdefault("resume", os.path.join("out", given.get("name", Config.name)))
+    own = os.path.join("out", given.get("name", Config.name))
+    if restarted(own):
+        given = {"resume": own}
     if given.get("resume", "none") != "none":
         try:
             with open(os.path.join(given["resume"], "config.json")) as f:
                 base = json.load(f)
-        except (OSError, ValueError):
-            parser.error(f"--resume {given['resume']}: not the folder of a run")
-    try:
-        cfg = Config(**(base | given))
-    except TypeError:
-        parser.error(f"--resume {given['resume']}: the run of another version, with other settings")
+            base.pop("torchrun")
+            cfg = Config(**base)
+        except (OSError, ValueError, KeyError, TypeError):
+            parser.error(f"--resume {given['resume']}: not the folder of a run, or of another version")
+        fixed = [k for k, v in given.items() if v != getattr(cfg, k) and k not in CHANGEABLE]
+        if fixed:
+            parser.error(f"--{fixed[0]} {given[fixed[0]]}: a run is resumed with its own settings, here {getattr(cfg, fixed[0])}")
+    cfg = Config(**(base | given))
     least = {"frames": 2, "eval_frames": 2, "batch": 1, "accumulate": 1, "size": 1, "log_every": 1, "eval_every": 1, "eval_clips": 1,
-             "eval_transitions": 2, "ckpt_every": 1, "num_codes": 2, "sampling_steps": 1}
+             "eval_transitions": 8, "ckpt_every": 1, "num_codes": 2, "sampling_steps": 1, "code_dim": 1, "tokens": 1, "lam_size": 1,
+             "lam_patch": 1, "lam_width": 4, "lam_heads": 1, "lam_depth": 1, "hidden": 4, "heads": 1, "depth": 1, "patch": 1, "fdm_depth": 1}
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not value >= least.get(f.name, 0):
             parser.error(f"--{f.name} {value}: must be at least {least.get(f.name, 0)}")
+    for width, heads in (("hidden", "heads"), ("lam_width", "lam_heads")):
+        if getattr(cfg, width) % (2 * getattr(cfg, heads)) or getattr(cfg, width) % 4:
+            parser.error(f"--{width} {getattr(cfg, width)}: must be a multiple of 4 and of 2 x --{heads}, {2 * getattr(cfg, heads)}")
+    try:
+        assert cfg.time_shift in ("auto", "none") or float(cfg.time_shift) > 0
+    except (ValueError, AssertionError):
+        parser.error(f"--time_shift {cfg.time_shift}: auto, none, or a number above 0")
+    if cfg.device in ("cuda", "mps") and not getattr(torch, {"cuda": "cuda", "mps": "mps"}[cfg.device]).is_available():
+        parser.error(f"--device {cfg.device}: there is none here")
     parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.accumulate
     if cfg.batch % parts:
         parser.error(f"--batch {cfg.batch}: must be a multiple of processes x --accumulate, {parts}")
@@ -268,7 +295,8 @@ def open_data(cfg):
     used to judge, never to train."""
     data, heldout = ({p["data"]: clips(p["data"], cfg.size, frames, cfg.seed, split) for p in phases(cfg)}
                      for frames, split in ((cfg.frames, "train"), (cfg.eval_frames, "heldout")))
-    sources = list(toy.MIXTURE) if cfg.data == "toy" else [cfg.data] if "actions" in heldout[phases(cfg)[-1]["data"]][[0]] else []
+    labels = [split[phases(cfg)[-1]["data"]].labelled for split in (data, heldout)]
+    sources = list(toy.MIXTURE) if cfg.data == "toy" else [cfg.data] if all(labels) else []
     labelled = [[s] + [clips(s, cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")] for s in sources]
     return data, heldout, labelled
 
@@ -290,14 +318,15 @@ def main(argv):
     rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     master, cuda = rank == 0, torch.cuda.is_available() and cfg.device in ("auto", "cuda")
     device = f"cuda:{local}" if cuda else cfg.device if cfg.device != "auto" else "cpu"
-    state, step, saved = None, 0, None
+    state, step, saved = None, 0, None          # saved: step and file of the last checkpoint
     try:
         if cfg.resume != "none" and checkpoints(cfg.resume):                    # without any, a run starts over in its folder
             state, file = newest(cfg.resume)
-            step, saved = state["step"], state["step"] if file.endswith("ckpt.pt") else None
+            step, saved = state["step"], (state["step"], file)
         # a dry run of a preset needs none of the files that it would load
         absent = [k for k in ("data", "dit_weights", "vae_weights") if cfg.dry_run and getattr(cfg, k) == PRESETS[cfg.preset].get(k)
                   and not os.path.exists(getattr(cfg, k))]
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         with torch.device("meta" if cfg.dry_run else "cpu"):
             world = restore(state, cfg.vae_weights if os.path.exists(cfg.vae_weights) else None) if state else build(cfg, absent)
         trains = set().union(*(p["train"] for p in phases(cfg)))
@@ -306,11 +335,11 @@ def main(argv):
         if "fdm" in trains and not world.lam.fdm:
             raise ValueError(f"--init {cfg.init}: has no FDM to train; --lam_steps 0 goes on with its LAM")
         data, heldout, labelled = open_data(cfg) if "data" not in absent else (None, None, None)
-        if cfg.mode == "adapt" and not world.adapter:
-            example = heldout[cfg.data][[0]]
-            if "actions" not in example:
+        if cfg.mode == "adapt" and data and not world.adapter:
+            if not heldout[cfg.data].labelled or not labelled:
                 raise DataError(f"--data {cfg.data}: has no actions to adapt to; take one robot, e.g. held-out")
-            world.adapter = Adapter(example["actions"].shape[-1], world.lam.cfg)
+            torch.manual_seed(cfg.seed)
+            world.adapter = Adapter(heldout[cfg.data][[0]]["actions"].shape[-1], world.lam.cfg)
         cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" and not cfg.dry_run else None
     except (DataError, ValueError, FileNotFoundError, RuntimeError) as error:
         stop(error)
@@ -348,6 +377,9 @@ def main(argv):
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])   # (nodes count their restarts apart)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks,
                                 timeout=timedelta(hours=2))                     # rank 0 evaluates while the others wait
+        steps = gather(torch.tensor(step, device=device)).tolist()
+        if len(set(steps)) > 1:
+            stop(f"--resume {cfg.resume}: ranks found checkpoints of different steps, {steps}")
     out = os.path.join("out", cfg.name) if cfg.resume == "none" else cfg.resume
     log = os.path.join(out, "metrics.jsonl")
     if master:
@@ -360,8 +392,10 @@ def main(argv):
         os.makedirs(os.path.join(out, "samples"), exist_ok=True)
         rows = open(log).readlines() if os.path.exists(log) else []
         # rows that come after the checkpoint will be written again
-        rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step]
-        for file, text in {log: "".join(rows), os.path.join(out, "config.json"): json.dumps(asdict(replace(cfg, resume="none")), indent=1)}.items():
+        rows = [(row, json.loads(row)) for row in rows if row.endswith("}\n")]
+        rows = "".join(row for row, r in rows if r["step"] <= step and r["event"] != "result" and (r["event"], r["step"]) != ("align", step))
+        settings = asdict(replace(cfg, resume="none")) | {"torchrun": os.getppid() if ranks > 1 else None}
+        for file, text in {log: rows, os.path.join(out, "config.json"): json.dumps(settings, indent=1)}.items():
             with open(file + ".part", "w") as f:
                 f.write(text)
             os.replace(file + ".part", file)
@@ -377,30 +411,37 @@ def main(argv):
     def checkpoint():
         nonlocal saved
         rng = gather(torch.get_rng_state().to(device)).cpu()                    # of every rank
-        if master and saved != step:
-            save(out, cfg.keep, saved, step=step, phase=phase["name"], rng=rng, world=world.config(), lam=world.lam.state_dict(),
+        path = os.path.join(out, "ckpt.pt")
+        if master and saved != (step, path):
+            save(out, cfg.keep, saved[0] if saved and saved[1] == path else None, step=step, phase=phase["name"], rng=rng, world=world.config(), lam=world.lam.state_dict(),
                  dit=world.dit.state_dict(), adapter=world.adapter and world.adapter.state_dict(), quantize=world.lam.quantize,
                  optimizer=optimizer.state_dict(), config=asdict(cfg))
-        saved = step
+        saved = step, path
 
     def evaluate(event, phase, share=1):
         """Measure on held-out clips; `share` of the final numbers of clips."""
         world.eval()
-        if phase["name"] == "pretrain":
-            numbers = loss_by_time(world, heldout[phase["data"]], 256, False)
-        else:
-            n = cfg.eval_transitions // (share * share)
-            numbers, videos = report(world, heldout[phase["data"]], labelled, cfg.eval_clips // share if phase["dreams"] else 0,
-                                     min(2048, cfg.eval_transitions), n)
-            if videos:
-                save_gif(os.path.join(out, "samples", f"{step:06d}.gif"), videos)
+        with autocast, eager():
+            if phase["name"] == "pretrain":
+                numbers = dict.fromkeys(("utilization", "entropy", "max_usage", "psnr", "psnr_shuffled", "psnr_null", "psnr_copy", "probe_r2",
+                                         "probe_l1", "nmi")) | loss_by_time(world, heldout[phase["data"]], 256, False)
+            else:
+                numbers, videos = report(world, heldout[phase["data"]], labelled, -(-cfg.eval_clips // share) if phase["dreams"] else 0,
+                                         min(2048, cfg.eval_transitions), cfg.eval_transitions // share ** 2)
+                if videos:
+                    save_gif(os.path.join(out, "samples", f"{step:06d}.gif"), videos)
         record(event, phase=phase["name"], step=step, **numbers)
+
+    def eager():
+        """Dreams have too many shapes to compile them all."""
+        return torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext()
 
     def diagnose():
         if not (master and phase["dreams"]):
             return {}
         world.eval()
-        numbers = align(world, fixed, known)
+        with autocast, eager():
+            numbers = align(world, fixed, known)
         set_modes()
         return numbers
 
@@ -410,7 +451,7 @@ def main(argv):
 
     def halt(why, status=1):
         bar.close()
-        kept = f"the last checkpoint, of step {saved}, is {out}/ckpt.pt" if saved is not None else "no checkpoint was written yet"
+        kept = f"the last checkpoint, of step {saved[0]}, is {saved[1]}" if saved else "no checkpoint was written yet"
         stop(f"{why} at step {step}; {kept}", status)
 
     optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -419,10 +460,11 @@ def main(argv):
         optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) == ranks:
             torch.set_rng_state(state["rng"][rank].clone())
+        del state                                                               # it maps the file
     if cfg.compile:
         world.dit.compile()
     if cfg.activation_checkpointing:
-        for block in [*world.lam.idm.blocks, *world.dit.spatial_blocks, *world.dit.temporal_blocks]:
+        for block in [*world.lam.idm.blocks, *(world.lam.fdm.blocks if world.lam.fdm else []), *world.dit.spatial_blocks, *world.dit.temporal_blocks]:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
     if master and any(p["dreams"] for p in phases(cfg)):
         fixed = heldout[cfg.data][range(max(8, 256 // (cfg.frames - 1)))]
@@ -439,6 +481,8 @@ def main(argv):
             if step < end:
                 # who trains: the others stay bit-equal; who starts to train starts with fresh moments
                 optimizer.zero_grad()
+                if cfg.compile:
+                    torch.compiler.reset()                                      # graphs of the phase before
                 for name, parameters in groups.items():
                     for p in parameters:
                         p.requires_grad_(name in phase["train"])
@@ -468,7 +512,8 @@ def main(argv):
                     video = random_crop(to_video(clip["video"], device), phase["crop"], draw)
                     with model.no_sync() if ranks > 1 and i < parts - 1 else nullcontext():
                         with autocast:
-                            latents = cache.encode(clip["video"], video) if cache and phase["crop"] == 1 else None
+                            cached = cache and phase["crop"] == 1 and phase["train"] & {"action", "body"}
+                            latents = cache.encode(clip["video"], video) if cached else None
                             loss, out_of = losses(phase, world, model, clip, video, draw, latents)
                         (loss / parts).backward()
                     found.append({"loss": loss.detach(), **out_of})
@@ -502,14 +547,14 @@ def main(argv):
                         shown["grad_cosine"] = F.cosine_similarity(before, idm_grad, 0).item()
                     record("train", phase=phase["name"], step=step, **shown, **diagnose(), lr=lr, seconds=round(time.time() - began, 1))
                     bar.set_postfix_str(f"{phase['name']} loss {shown['loss']:.4f}")
-                if master and (step % cfg.eval_every == 0 or step == end) and step < bar.total:
-                    evaluate("eval", phase, share=2)
-                    set_modes()
                 if step % cfg.ckpt_every == 0 or step == end or ended:
                     checkpoint()
                 bar.update()
                 if ended:
                     halt("ended by SIGTERM", 128 + signal.SIGTERM)
+                if master and (step % cfg.eval_every == 0 or step == end) and step < bar.total:
+                    evaluate("eval", phase, share=2)
+                    set_modes()
         if master:
             evaluate("result", phase)
     except KeyboardInterrupt:

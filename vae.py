@@ -399,8 +399,8 @@ class LatentCache:
     """
 
     def __init__(self, vae, folder):
-        self.vae, self.folder = vae, folder
-        self.key = hashlib.blake2b()
+        self.vae, self.folder, self.key = vae, folder, hashlib.blake2b()
+        self.key.update(str(vae.chunk).encode())
         for tensor in vae.state_dict().values():
             self.key.update(tensor.cpu().numpy())
         os.makedirs(folder, exist_ok=True)

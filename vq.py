@@ -61,7 +61,7 @@ def codebook_metrics(indices, num_codes):
         dict of floats in [0, 1]: `utilization`, the share of codes used at all; `max_usage`, the share of the most
         used code; `entropy` of the usage, divided by log(num_codes).
     """
-    usage = torch.bincount(indices.flatten(), minlength=num_codes).double()
+    usage = torch.bincount(indices.flatten(), minlength=num_codes).cpu().double()
     p = usage / usage.sum()
     return {
         "utilization": (usage > 0).double().mean().item(),
