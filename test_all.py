@@ -1,4 +1,4 @@
-"""Tests: python -m pytest -q test_all.py (tiny models, real behaviour; minutes on two cores)."""
+"""Tests: python -m pytest -q -n 2 --dist loadgroup test_all.py (tiny models, real behaviour; minutes on two cores)."""
 
 import json
 import os
@@ -730,6 +730,7 @@ ARMS = {
 }
 
 
+@pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_phase_trains_its_groups_and_leaves_the_rest_bit_equal(arm, trained, monkeypatch):
     args, want = ARMS[arm]
@@ -862,6 +863,7 @@ def newest_step(out):
         return -1
 
 
+@pytest.mark.xdist_group("whole")
 @pytest.mark.parametrize("processes, kills", [(1, 10), (2, 1)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(processes, kills, whole, tmp_path):
     chance, out = random.Random(0), tmp_path / "out/k"
@@ -883,6 +885,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(processes, ki
     assert steps == sorted(set(steps)) and steps[-1] == 160 and rows[-1]["event"] == "result"
 
 
+@pytest.mark.xdist_group("whole")
 def test_a_dead_rank_is_restarted_by_torchrun(whole, tmp_path):
     process = start("train.py", "--name", "k", *LONG, cwd=tmp_path, processes=2, restarts=1)
     until((tmp_path / "out/k/ckpt.pt").exists, process)
@@ -910,6 +913,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
     assert [r["step"] for r in result(tmp_path, "k")[0]] == [r["step"] for r in result(tmp_path, "resumed")[0]]
 
 
+@pytest.mark.xdist_group("whole")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_writes_a_last_checkpoint(processes, whole, tmp_path):
     process = start("train.py", "--name", "k", *LONG, "--ckpt_every", 1000, cwd=tmp_path, processes=processes)
@@ -922,6 +926,7 @@ def test_sigterm_writes_a_last_checkpoint(processes, whole, tmp_path):
     equal(tmp_path / "out/k", whole / "out" / str(processes))
 
 
+@pytest.mark.xdist_group("whole")
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, whole, tmp_path):
     shutil.copytree(whole / "out/1", tmp_path / "out/k")
@@ -938,6 +943,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, whole, t
     equal(newest, whole / "out/1")
 
 
+@pytest.mark.xdist_group("whole")
 def test_a_run_is_resumed_with_its_own_settings(whole, tmp_path):
     shutil.copytree(whole / "out/1", tmp_path / "out/k")
     done = run("train.py", "--resume", "out/k", "--batch", 8, cwd=tmp_path, ok=False)
@@ -1009,6 +1015,7 @@ def judged(tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.xdist_group("judged")
 def test_evaluation_writes_every_table_and_picture(judged):
     folder, done = judged
     results = json.load(open(folder / "out/r/results.json"))
@@ -1023,6 +1030,7 @@ def test_evaluation_writes_every_table_and_picture(judged):
     assert (folder / "out/r-held-out/ckpt.pt").exists()
 
 
+@pytest.mark.xdist_group("judged")
 def test_evaluation_on_two_ranks_equals_one(judged):
     folder, _ = judged
     tables = lambda: json.load(open(folder / "out/r/results.json"))["tables"]["predict"]
@@ -1059,6 +1067,7 @@ def test_lpips_and_fvd_are_what_their_networks_say(monkeypatch, tmp_path):
         evaluate.optional(evaluate.parse(["--ckpt", "x", "--i3d", str(tmp_path / "bad.pt")]), 32, 12, "cpu")
 
 
+@pytest.mark.xdist_group("judged")
 def test_comparison_of_two_runs(judged, tmp_path):
     for name, shift in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
@@ -1070,6 +1079,7 @@ def test_comparison_of_two_runs(judged, tmp_path):
     assert "a-1" in complaint(run("evaluate.py", "--compare", "a,a-1", "b", cwd=tmp_path, ok=False), "evaluate.py")
 
 
+@pytest.mark.xdist_group("judged")
 @pytest.mark.parametrize("args, words", [
     (["--ckpt", "nowhere"], "no checkpoint at"), ([], "which run?"), (["--ckpt", "out/r", "--clips", "1"], "too few"),
     (["--ckpt", "out/r", "--task", "adapt", "--adapt_data", "toy"], "has no actions"),
