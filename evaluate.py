@@ -465,8 +465,9 @@ def adapted(args, config):
         flags = [f"--{k}={v}" for k, v in config.items() if k not in skip]
         print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} --name {name}", flush=True)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         done = subprocess.run([sys.executable, script, *flags, "--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"],
-                              cwd=os.path.dirname(os.path.dirname(os.path.abspath(out))), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+                              cwd=os.path.dirname(os.path.dirname(os.path.abspath(out))), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=alone)
         if done.returncode:
             raise ValueError(f"adaptation failed: {done.stderr.strip().splitlines()[-1]}")
     return target
@@ -603,9 +604,16 @@ def main(argv):
                     "guidance": world.cfg.guidance if args.guidance is None else args.guidance, "lpips": "alex, x100", "ssim": "x100",
                     "rfvd": "random 3-D conv net of 64 features, not FVD"}
         print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
-        with open(os.path.join(out, "results.json.part"), "w") as f:
-            json.dump({"ckpt": args.ckpt, "step": state["step"], "protocol": protocol, "tables": tables, "not_computed": why}, f, indent=1)
-        os.replace(os.path.join(out, "results.json.part"), os.path.join(out, "results.json"))
+        results, file = {"ckpt": args.ckpt, "step": state["step"], "tables": {}, "protocol": {}}, os.path.join(out, "results.json")
+        if os.path.exists(file):                                # other tasks of the same step stay
+            with open(file) as f:
+                old = json.load(f)
+            results = old if old["step"] == state["step"] else results
+        results["tables"] |= tables
+        results["protocol"] |= dict.fromkeys(tables, protocol)
+        with open(file + ".part", "w") as f:
+            json.dump(results | {"not_computed": why}, f, indent=1)
+        os.replace(file + ".part", file)
     if ranks > 1:
         dist.destroy_process_group()
 
