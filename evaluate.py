@@ -461,12 +461,13 @@ def adapted(args, config):
     name = f"{os.path.basename(out)}-{os.path.basename(args.adapt_data)}"
     target = os.path.join(os.path.dirname(out), name)
     if not os.path.exists(os.path.join(target, "ckpt.pt")):
-        skip = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam", "dry_run", "batch")
+        skip = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam", "dry_run", "batch", "eval_clips",
+                "eval_transitions")
         flags = [f"--{k}={v}" for k, v in config.items() if k not in skip]
         print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} --name {name}", flush=True)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        done = subprocess.run([sys.executable, script, *flags, "--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"],
+        done = subprocess.run([sys.executable, script, *flags, "--mode=adapt", "--eval_clips=1", "--eval_transitions=64", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"],
                               cwd=os.path.dirname(os.path.dirname(os.path.abspath(out))), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=alone)
         if done.returncode:
             raise ValueError(f"adaptation failed: {done.stderr.strip().splitlines()[-1]}")
@@ -484,7 +485,7 @@ def parse(argv):
     add("--data", nargs="+", help="sources to measure on, a row each (toy: every robot and the held-out one; else the run's own)")
     add("--adapt_data", help="source with actions to adapt to (toy: held-out)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a seed has clips, noise and probe of its own")
-    add("--clips", type=int, default=128, help="dreamed clips a source and seed (the paper: 1920)")
+    add("--clips", type=int, default=64, help="dreamed clips a source and seed (the paper: 1920)")
     add("--transitions", type=int, default=20000, help="held-out transitions of the probe, and of the codebook a tenth")
     add("--sampling_steps", type=int, help="Euler steps (as trained)")
     add("--guidance", type=float, help="guidance scale (as trained)")
