@@ -588,9 +588,8 @@ def main(argv):
             why["codebook.png"] = "needs pip install matplotlib"
     if wants("transfer") and rank == 0:
         names = list(heldout)
-        donor, other = (to_video(heldout[n][range(4)]["video"], device) for n in (names[0], names[-1]))
-        if len(names) == 1:
-            other = other.roll(1, 0)
+        # other clips than the donor's: toy robots share worlds and moves clip by clip
+        donor, other = (to_video(heldout[n][range(i, i + 4)]["video"], device) for n, i in ((names[0], 0), (names[-1], 4)))
         with torch.no_grad():
             z = world.lam.encode(donor)[0]
             made = [world.rollout(v[:, :, :1], z, args.sampling_steps, args.guidance, draw=Draw(0, device=device)) for v in (donor, other)]

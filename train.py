@@ -115,7 +115,7 @@ class Config:
 PRESETS = {
     "tiny": {},                 # the defaults above
     # not yet trained: no GPU was at hand
-    "small": dict(size=64, frames=16, eval_frames=16, batch=64, hidden=384, depth=8, heads=6, action_depth=6, time_shift="100", crop=0.8,
+    "small": dict(size=64, frames=16, eval_frames=16, batch=64, accumulate=4, hidden=384, depth=8, heads=6, action_depth=6, time_shift="100", crop=0.8,
                   lam_size=64, lam_patch=8, lam_width=384, lam_depth=6, lam_heads=6, fdm_depth=6, num_codes=32, code_dim=32,
                   pretrain=20000, warmup=8000, e2e=22000, lam_steps=15000, wm_steps=15000, adapt_steps=3000, lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
     # the paper (appendix B); the share of the crop is ours. Paths are where a download beside the code would lie
