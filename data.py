@@ -47,7 +47,7 @@ class ToyClips(Dataset):
         else:
             which = np.zeros(len(indices), int)
         batch = {"video": np.empty((len(indices), self.frames, self.size, self.size, 3), np.uint8),
-                 "fps": np.full(len(indices), 24, np.float32), "source": which}
+                 "fps": np.full(len(indices), toy.ToyWorld.fps, np.float32), "source": which}
         for i, name in enumerate(self.names):
             rows = which == i
             if name == "web":

@@ -210,7 +210,7 @@ def dreams(world, data, variants, seed=0, steps=None, guidance=None):
         other[mine] = mine.roll(1)
     actions = {"inferred": z, "shuffled": z[other.to(device)], "null": torch.zeros_like(z)}
     if "adapted" in variants:
-        actions["adapted"] = F.embedding(world.adapter(data["actions"].to(device)).argmax(-1), world.lam.vq.codebook)
+        actions["adapted"] = world.latent_actions(data["actions"].to(device))
     out = {}
     for v in variants:
         draw = Draw(seed, device=device)
@@ -420,6 +420,20 @@ def table(title, rows):
     print(flush=True)
 
 
+def save_results(out, ckpt, step, tables, protocol, more={}):
+    """Write {task: {row: {column: [value of each seed]}}} to out/results.json, where other tasks of the same step stay."""
+    results, file = {"ckpt": ckpt, "step": step, "tables": {}, "protocol": {}}, os.path.join(out, "results.json")
+    if os.path.exists(file):
+        with open(file) as f:
+            old = json.load(f)
+        results = old if old["step"] == step else results
+    results["tables"] |= tables
+    results["protocol"] |= dict.fromkeys(tables, protocol)
+    with open(file + ".part", "w") as f:
+        json.dump(results | more, f, indent=1)
+    os.replace(file + ".part", file)
+
+
 def paired_t(a, b):
     """Paired t-test: t and its two-sided p, by integrating the density; None where the differences do not vary."""
     d = np.asarray(a) - np.asarray(b)
@@ -604,16 +618,7 @@ def main(argv):
                     "guidance": world.cfg.guidance if args.guidance is None else args.guidance, "lpips": "alex, x100", "ssim": "x100",
                     "rfvd": "random 3-D conv net of 64 features, not FVD"}
         print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
-        results, file = {"ckpt": args.ckpt, "step": state["step"], "tables": {}, "protocol": {}}, os.path.join(out, "results.json")
-        if os.path.exists(file):                                # other tasks of the same step stay
-            with open(file) as f:
-                old = json.load(f)
-            results = old if old["step"] == state["step"] else results
-        results["tables"] |= tables
-        results["protocol"] |= dict.fromkeys(tables, protocol)
-        with open(file + ".part", "w") as f:
-            json.dump(results | {"not_computed": why}, f, indent=1)
-        os.replace(file + ".part", file)
+        save_results(out, args.ckpt, state["step"], tables, protocol, {"not_computed": why})
     if ranks > 1:
         dist.destroy_process_group()
 

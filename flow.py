@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 
 from dit import DiT, DiTConfig, KVCache, load_opensora
@@ -25,6 +26,7 @@ class FlowConfig:
     time_shift: str = "auto"    # "auto": Open-Sora's formula; a number: r itself; "none": r = 1
     action_drop: float = 0.1    # chance that a latent frame's action is zeroed in training (appendix B.2)
     clip_drop: float = 0.1      # (ours) chance that all actions of a clip are
+    real_share: float = 0.0     # (ours) adaptation: chance that a clip is driven by the adapter's latent actions, not the inferred ones
     window: int = 0             # clean latent frames that a rollout sees at most; 0: all
     sampling_steps: int = 10
     guidance: float = 4.0
@@ -121,7 +123,7 @@ class World(nn.Module):
         self.check_frames(z.shape[1] + 1)
         return rearrange(z, "b (l r) k d -> b l (r k d)", r=self.vae.time_stride)
 
-    def forward(self, video, draw=None, fps=None, use_actions=True, latents=None):
+    def forward(self, video, draw=None, fps=None, use_actions=True, latents=None, real=None):
         """Flow-matching loss (section 3.3) plus the VQ losses, both with weight 1.
 
         Args:
@@ -130,6 +132,7 @@ class World(nn.Module):
             fps: (b,) frames a second, or None.
             use_actions: False for pre-training without action modules.
             latents: what the VAE makes of the video, where it is known.
+            real: (b, t-1, a) real actions, for adaptation.
 
         Returns:
             loss, and a dict: `flow` and `vq` (scalars), `indices` (b, t-1, k), and for each clip `clip_t`, `clip_flow` (b,).
@@ -139,6 +142,8 @@ class World(nn.Module):
         actions, indices, vq = None, None, video.new_zeros(())
         if use_actions:
             z, indices, vq = self.lam.encode(video, draw)
+            if real is not None and self.cfg.real_share:
+                z = torch.where(draw(torch.rand, len(video), 1, 1, 1) < self.cfg.real_share, self.latent_actions(real), z)
             actions = self.pack(z)                                              # (b, l-1, r*k*d)
             keep = draw(torch.rand, len(video), actions.shape[1], 1) >= self.cfg.action_drop
             keep &= draw(torch.rand, len(video), 1, 1) >= self.cfg.clip_drop
@@ -162,12 +167,16 @@ class World(nn.Module):
         return flow + vq, {"flow": flow.detach(), "vq": vq.detach(), "indices": indices,
                            "clip_t": t, "clip_flow": clip_flow.detach()}
 
+    def latent_actions(self, actions):
+        """What the adapter makes of real actions (b, t-1, a): (b, t-1, k, d)"""
+        return F.embedding(self.adapter(actions).argmax(-1), self.lam.vq.codebook)
+
     @torch.no_grad()
     def rollout(self, frames, actions, steps=None, guidance=None, fps=None, draw=None):
         """Dream frame by frame: each latent frame is denoised given the clean past, then joins it.
 
         Args:
-            frames: (b, 3, t0, h, w) in [-1, 1], the true past.
+            frames: (b, 3, t0, h, w) in [-1, 1], the true past; (1, 3, t0, h, w) if all share it.
             actions: (b, t-1, k, d) latent actions of all transitions, those inside `frames` included.
             steps, guidance: sampling settings; None: the world's own.
             draw: source of the noise; None: unseeded.
@@ -179,6 +188,7 @@ class World(nn.Module):
         steps = self.cfg.sampling_steps if steps is None else steps
         guidance = self.cfg.guidance if guidance is None else guidance
         actions, latents = self.pack(actions), self.vae.encode(frames)
+        latents = latents.expand(len(actions), -1, -1, -1, -1)
         b, c, l0, h, w = latents.shape
         window, cache = self.cfg.window or actions.shape[1], None
         for j in range(l0, actions.shape[1] + 1):
@@ -311,7 +321,7 @@ def build(cfg, absent=()):
     side = world.dit.cfg.patch * world.vae.pixel_stride
     if cfg.size % side:
         raise ValueError(f"--size {cfg.size} is not a multiple of {side}, the side of the DiT's patch in pixels")
-    world.cfg = FlowConfig(cfg.time_shift, window=world.vae.latent_frames(cfg.frames) - 1, sampling_steps=cfg.sampling_steps, guidance=cfg.guidance)
+    world.cfg = FlowConfig(cfg.time_shift, real_share=cfg.real_share, window=world.vae.latent_frames(cfg.frames) - 1, sampling_steps=cfg.sampling_steps, guidance=cfg.guidance)
     for t in (cfg.frames, cfg.eval_frames):
         world.check_frames(t)
     return world

@@ -36,6 +36,7 @@ EMBODIMENTS = {
     "held-out": Embodiment("ring", (255, 120, 110), (65, 55, 80), ((0, -1), (1, 0))),
 }
 MIXTURE = {"cross": 0.3, "slide": 0.2, "tank": 0.5}     # the paper's 30 % OXE, 20 % AgiBot, 50 % human video
+TASKS = {"reach": 0, "push": 1}                         # which sprite must get to its goal: the robot, or block 0
 BLOCKS = np.array([(60, 200, 80), (90, 220, 130), (40, 170, 60)])               # shades of green
 
 
@@ -71,9 +72,11 @@ class ToyWorld:
         indices: (n,) which worlds; world i of a seed is always the same.
         size: pixels of a square frame.
     """
+    fps = 24
 
     def __init__(self, embodiment, indices, seed=0, size=32, blocks=2):
         self.body, self.size, self.cells, self.n, self.blocks = EMBODIMENTS[embodiment], size, cells_of(size), len(indices), blocks
+        self.action_dim = self.body.action_dim
         self.rolls = Rolls(seed, indices)
         self.reset()
 
@@ -103,10 +106,12 @@ class ToyWorld:
         return (np.sign(drive) * (strongest & (np.abs(drive) > 1 / 3))).astype(int)
 
     def action_for(self, move, u):
-        """A noisy action that makes the move (n, 2): u (n, 2) uniform."""
+        """A random action that makes the move (n, 2), drawn from all that do but for close calls: u (n, 2) uniform."""
         if self.body.matrix is None:
             return np.eye(len(MOVES))[np.abs(MOVES - move[:, None]).sum(-1).argmin(1)]
-        drive = np.where(move == 0, 0.5 * (u - 0.5), move * (0.5 + 0.5 * u))
+        strong = 0.4 + 0.6 * u[:, :1]
+        drive = np.where(move == 0, 0.9 * strong * (2 * u[:, 1:] - 1), move * strong)
+        drive = np.where((move == 0).all(1, keepdims=True), 0.6 * (u - 0.5), drive)
         return np.clip(drive @ np.linalg.inv(np.array(self.body.matrix)).T, -1, 1)
 
     def step(self, action):
@@ -130,6 +135,10 @@ class ToyWorld:
         draw(image, self.body.look, *(self.position[:, 0] * cell).T, cell, self.body.color)
         return image.astype(np.uint8)
 
+    def success(self, task, goal):
+        """Whether the robot (reach) or block 0 (push) is in its cell of the goal states (n, 1 + blocks, 2): (n,) bool"""
+        return (self.position[:, TASKS[task]] == goal[:, TASKS[task]]).all(-1)
+
     def policy(self, goal):
         """One step of the behaviour policy: head for a waypoint, which changes at random, pushing what is in the way.
 
@@ -146,15 +155,12 @@ class ToyWorld:
         return self.action_for(np.where(u[:, 5:6] < 0.3, wander, move), self.rolls(2))
 
 
-TASKS = {"reach": 0, "push": 1}                         # which sprite must get to its goal: the robot, or block 0
-
-
 def task_pairs(task, embodiment, n=30, seed=1000, size=20):
     """Fixed pairs of start and goal.
 
     Returns:
-        the world at its n starts, and goal states (n, 1 + blocks, 2): for `reach` the robot is at least 3 steps along the axes away, for
-        `push` block 0 is 2 cells along an axis, with the robot behind it.
+        the world at its n starts, and goal states (n, 1 + blocks, 2): for `reach` the robot is at least 3 steps along the axes away; for
+        `push` block 0 is 2 cells along an axis, with the robot behind it, and the robot starts a step from there.
     """
     rng = np.random.default_rng((seed, TASKS[task]))
     world = ToyWorld(embodiment, range(n), seed, size)
@@ -170,17 +176,13 @@ def task_pairs(task, embodiment, n=30, seed=1000, size=20):
             else:
                 goal[i, 1] += 2 * push
                 goal[i, 0] = goal[i, 1] - push
-                behind = start[i, 1] - push                                     # where the robot has to get first
-                valid = (behind >= 0).all() and (behind < world.cells).all()
+                way = start[i, 1] - push - start[i, 0]                          # to where the robot has to get first
+                valid = (goal[i] - 3 * push >= 0)[1].all() and (goal[i] - 3 * push < world.cells)[1].all()
+                valid &= np.abs(way).sum() == 1 and way @ push >= 0             # not from the block's other side
             valid &= (goal[i] >= 0).all() and (goal[i] < world.cells).all()
             valid &= all(len(np.unique(state, axis=0)) == len(state) for state in (start[i], goal[i]))
     world.set_state(start)
     return world, goal
-
-
-def success(task, state, goal):
-    """Success test: the robot (reach) or block 0 (push) is in its goal's cell: (n,) bool"""
-    return (state[:, TASKS[task]] == goal[:, TASKS[task]]).all(-1)
 
 
 def robot_clips(embodiment, indices, seed, frames, size):

@@ -56,6 +56,8 @@ class Config:
     wm_steps: int = setting(1600, "two-stage: steps of the world model on the frozen LAM")
     adapter_steps: int = setting(1000, "adapt: steps of the adapter from real actions to codes, on 4 batches each")
     adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM")
+    real_share: float = setting(0.5, "(ours) adapt: share of clips that the adapter drives, so that the world learns what real actions do where they "
+                                "fail, as at a wall; the paper: 0, all driven by inferred actions")
     freeze_lam: bool = setting(False, "joint: the LAM is frozen after warm-up")
     init: str = setting("none", "run folder or checkpoint whose LAM, generator and action modules to start from, with their sizes")
     init_lam: str = setting("none", "run folder or checkpoint whose LAM to start from, with its sizes")
@@ -121,7 +123,7 @@ PRESETS = {
     # the paper (appendix B); the share of the crop is ours. Paths are where a download beside the code would lie
     "opensora": dict(data="videos", dit_weights="OpenSora-STDiT-v3", vae_weights="OpenSora-VAE-v1.2",
                      size=256, frames=17, eval_frames=17, batch=128, crop=0.8, pretrain=0, warmup=8000, e2e=52000, lam_steps=30000,
-                     wm_steps=30000, adapt_steps=3000, lr=7.5e-5, lr_warmup=2000, cooldown=0.0, lam_lr=1.0, vq_start=0.0, pairs=False, odd=False, standardize=False, latent_scale=1.0,
+                     wm_steps=30000, adapt_steps=3000, real_share=0.0, lr=7.5e-5, lr_warmup=2000, cooldown=0.0, lam_lr=1.0, vq_start=0.0, pairs=False, odd=False, standardize=False, latent_scale=1.0,
                      lam_size=224, lam_patch=14, lam_width=768, lam_depth=12, lam_heads=12, fdm_depth=12, num_codes=32, code_dim=32,
                      hidden=1152, depth=28, heads=16, patch=2, action_depth=6, action_std=0.01, time_shift="auto", guidance=4.0,
                      eval_every=2000, ckpt_every=1000),
@@ -310,7 +312,8 @@ def losses(phase, world, model, clip, video, draw, latents):
         codes = world.lam.encode(video)[1]                                      # (b, t-1, k)
         logits = model(clip["actions"].to(video.device))                        # (b, t-1, k, num_codes)
         return F.cross_entropy(logits.flatten(0, 2), codes.flatten()), {"accuracy": (logits.argmax(-1) == codes).float().mean(), "indices": codes}
-    return model(video, draw, fps, phase["name"] != "pretrain", latents)
+    real = clip["actions"].to(video.device) if phase["name"] == "adapt" else None
+    return model(video, draw, fps, phase["name"] != "pretrain", latents, real)
 
 
 def main(argv):
