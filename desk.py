@@ -9,6 +9,7 @@ headless: MUJOCO_GL=egl, or osmesa. A frame takes a fraction of a second in soft
 
 import contextlib
 import glob
+import importlib.util
 import io
 import itertools
 import os
@@ -26,19 +27,26 @@ class DeskError(Exception):
     """Why RoboDesk cannot be used here, in one line."""
 
 
+@contextlib.contextmanager
+def drawing():
+    """What GL raises when it does not work has many forms."""
+    try:
+        yield
+    except Exception as error:
+        raise DeskError(f"RoboDesk cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({str(error).splitlines()[0]}): egl needs Debian's "
+                        "libegl1 and libgl1-mesa-dri, osmesa libosmesa6") from None
+
+
 def environment(size):
     """The published environment, with observations and rendering replaced."""
     os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):         # gym says at each import that it is old
-            from dm_control import mujoco
-            from dm_control.rl.control import PhysicsError
-            from robodesk import RoboDesk
-    except ImportError as error:
-        if "GL" in str(error):
-            raise DeskError(f"RoboDesk cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): egl needs Debian's libegl1 and "
-                            "libgl1-mesa-dri, osmesa libosmesa6") from None
-        raise DeskError(f'needs pip install robodesk==1.0.0 dm_control==1.0.50 "mujoco<4" gym ({error})') from None
+    for package in ("gym", "mujoco", "dm_control", "robodesk"):
+        if importlib.util.find_spec(package) is None:
+            raise DeskError(f'no {package} here: pip install robodesk==1.0.0 dm_control==1.0.50 "mujoco<4" gym')
+    with drawing(), contextlib.redirect_stderr(io.StringIO()):  # gym says at each import that it is old
+        from dm_control import mujoco
+        from dm_control.rl.control import PhysicsError
+        from robodesk import RoboDesk
 
     class Environment(RoboDesk):
         unstable = PhysicsError
@@ -48,15 +56,13 @@ def environment(size):
 
         def render(self):
             """uint8 (size, size, 3), from the benchmark's camera"""
-            try:
+            with drawing():
                 camera = mujoco.Camera(self.physics, 120, 120, camera_id=-1)
-            except Exception as error:                          # whatever the GL at hand raises
-                raise DeskError(f"RoboDesk cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({str(error).splitlines()[0]})") from None
-            view = camera._render_camera
-            view.distance, view.azimuth, view.elevation = 1.8, 90, -60
-            view.lookat[:] = [0, 0.535, 1.1]
-            image = camera.render()
-            camera._scene.free()
+                view = camera._render_camera
+                view.distance, view.azimuth, view.elevation = 1.8, 90, -60
+                view.lookat[:] = [0, 0.535, 1.1]
+                image = camera.render()
+                camera._scene.free()
             if not image.any():
                 raise DeskError(f"RoboDesk rendered an all-black frame with MUJOCO_GL={os.environ['MUJOCO_GL']}: try another (egl, osmesa)")
             image = Image.fromarray(image).crop((16.75, 25.0, 105.0, 88.75))
@@ -161,7 +167,7 @@ def play(desk, task, actions, steps, until_success=False):
     """Act on desk 0: frames (t, size, size, 3), dict of `actions` (t-1, 5), `states` (t, 73), `success`, `task`"""
     frames, states, done, success = [desk.render()[0]], [desk.get_state()[0]], [], False
     for action in itertools.islice(actions, steps):
-        done.append(np.clip(action, -1, 1))
+        done.append(np.clip(action, -1, 1).astype(np.float32))
         desk.step(done[-1][None])
         frames.append(desk.render()[0])
         states.append(desk.get_state()[0])

@@ -211,8 +211,8 @@ def wilson(rate, n, z=1.96):
 DEFAULTS = {
     "toy": dict(tasks=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0, context=1, std=[1.2], elites=0.2,
                 sampling_steps=2, size=16),
-    # VP2's, but for the sampler
-    "robodesk": dict(tasks=desk.TASKS, planner="mppi", samples=200, horizon=10, replan=1, steps=15, wait=1, context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1],
+    # VP2's, but for the sampler; of its samples see `main`
+    "robodesk": dict(tasks=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1, context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1],
                      elites=0.05, sampling_steps=3, size=64),
 }
 
@@ -282,8 +282,14 @@ def parse(argv):
     for k in ("planner", "samples", "horizon", "replan", "steps", "wait", "context", "std", "elites", "sampling_steps"):
         if getattr(args, k) is None:
             setattr(args, k, defaults[k])
-        elif k not in ("planner", "std", "elites", "wait") and getattr(args, k) < 1:
+    for k in ("pairs", "samples", "iterations", "horizon", "replan", "steps", "context", "sampling_steps", "episodes"):
+        if getattr(args, k) is not None and getattr(args, k) < 1:
             parser.error(f"--{k} {getattr(args, k)}: must be at least 1")
+    if args.replan > args.horizon:
+        parser.error(f"--replan {args.replan}: a plan has only --horizon {args.horizon} actions")
+    dims = 5 if args.env == "robodesk" else 1
+    if len(args.std) not in (1, dims):
+        parser.error(f"--std: takes 1 number{' or 5' * (dims > 1)}, not {len(args.std)}")
     args.task = args.task or list(defaults["tasks"])
     for task in args.task:
         if task not in defaults["tasks"]:
@@ -322,13 +328,13 @@ def main(argv):
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
     agents = ["world"] * bool(world) + ["random"] * args.random + ["oracle"] * args.oracle
-    protocol = {k: v for k, v in vars(args).items() if k not in ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights")}
+    protocol = {k: v for k, v in vars(args).items() if k not in ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")}
     protocol |= {"size": size, "cost": "pixels and classifier" if classifier else "pixels", "success": "the task's own test at any recorded state",
                  "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
     for task in args.task:
-        if args.env == "robodesk" and "--samples" not in argv:
-            args.samples = 800 if task in ("open_slide", "open_drawer") else 200        # VP2's
+        settings = argparse.Namespace(**vars(args))
+        settings.samples = args.samples or (800 if task in ("open_slide", "open_drawer") else 200)      # VP2's
         pairs = problems(args, task, robot, size)
         for agent in agents:
             row = rows[f"{task} {agent}"] = {"success": [], "seconds a plan": []}
@@ -336,7 +342,7 @@ def main(argv):
             for seed in args.seeds:
                 won = []
                 for i, (make, goal, image) in enumerate(pairs):
-                    success, seconds, videos = episode(agent, make, task, goal, image, world, classifier, args, (seed * 1000 + i) * 1000)
+                    success, seconds, videos = episode(agent, make, task, goal, image, world, classifier, settings, (seed * 1000 + i) * 1000)
                     save_gif(os.path.join(pictures, f"{task}-{agent}-{seed}-{i:02d}.gif"), videos)
                     won.append(success), row["seconds a plan"].append(seconds), bar.update()
                     bar.set_postfix_str(f"success {np.mean(won):.2f}")
@@ -344,7 +350,7 @@ def main(argv):
             bar.close()
             row["seconds a plan"] = [float(np.mean(row["seconds a plan"]))]
             row["low"], row["high"] = ([x] for x in wilson(np.mean(row["success"]), len(pairs)))
-            row["pairs"] = [len(pairs)]
+            row["pairs"], row["samples"] = [len(pairs)], [settings.samples]
     table("plan", rows)
     print(", ".join(f"{k} {v}" for k, v in protocol.items()) + f"; {(time.time() - began) / 60:.1f} minutes")
     save_results(out, args.ckpt, step, {"plan": rows}, protocol)

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import desk
 import evaluate
+import plan
 import toy
 from data import ToyClips, VideoClips, loader, random_crop
 from dit import DiT, DiTConfig, KVCache, load_opensora
@@ -36,7 +38,10 @@ def small_world(seed=0, **lam):
     """A World of a few thousand weights, none of them zero, on clips of 8 x 8 pixels."""
     torch.manual_seed(seed)
     lam = LAMConfig(**{**dict(size=8, patch=4, width=16, depth=2, heads=2, fdm_depth=1, num_codes=8, code_dim=4), **lam})
-    world = World(LAM(lam), DiT(DiTConfig(16, 2, 2, 3, 4, 3, 1, action_dim=8, action_depth=2)), PixelVAE(), FlowConfig("8"))
+    return awake(World(LAM(lam), DiT(DiTConfig(16, 2, 2, 3, 4, 3, 1, action_dim=8, action_depth=2)), PixelVAE(), FlowConfig("8")))
+
+
+def awake(world):
     for p in world.parameters():
         if p.dim() and not p.any():
             torch.nn.init.normal_(p, std=0.1)
@@ -1093,3 +1098,168 @@ def test_bad_evaluations_get_one_line(args, words, judged):
     folder, _ = judged
     done = run("evaluate.py", *args, *(["--clips", 66, "--seeds", 0] if "--clips" not in args else []), cwd=folder, ok="11 frames" in words)
     assert words in (done.stdout if "11 frames" in words else complaint(done, "evaluate.py"))
+
+
+# planning -------------------------------------------------------------------------------------------------------------
+
+
+def test_cem_and_mppi_find_the_optimum_of_known_functions():
+    target = torch.tensor([[0.5, -0.3], [0.9, 1.4], [-0.2, 0.0]])              # 1.4 lies beyond the bound
+    score = lambda x: -(x - target).square().sum((1, 2))
+    search = dict(mean=torch.zeros(3, 2), std=torch.ones(2), beta=0.0, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(plan.cem(score, samples=300, iterations=12, **search), target.clamp(-1, 1), atol=0.03)
+    mean = torch.zeros(3, 2)
+    for _ in range(8):                                                          # warm starts
+        mean = plan.mppi(score, mean, torch.tensor([0.2, 0.2]), samples=2000, iterations=4, gamma=50.0, beta=0.0, generator=search["generator"])
+    assert torch.allclose(mean, target.clamp(-1, 1), atol=0.05)
+    # two hills, of which the start is nearer to the lower
+    hills = lambda x: torch.exp(-8 * (x - 0.8).square().sum((1, 2))) + 0.5 * torch.exp(-8 * (x + 0.2).square().sum((1, 2)))
+    assert torch.allclose(plan.cem(hills, torch.zeros(1, 2), torch.ones(2), 500, 8, beta=0.0), torch.full((1, 2), 0.8), atol=0.1)
+    # gamma of 0 weighs all alike; a high one takes the best
+    g = lambda: torch.Generator().manual_seed(1)
+    x = plan.proposals(torch.zeros(3, 2), torch.ones(2), 50, generator=g())
+    assert torch.allclose(plan.mppi(score, torch.zeros(3, 2), torch.ones(2), 50, gamma=0.0, generator=g()), x.mean(0), atol=1e-6)
+    assert torch.allclose(plan.mppi(score, torch.zeros(3, 2), torch.ones(2), 50, gamma=1e5, generator=g()), x[score(x).argmax()], atol=1e-5)
+
+
+def test_proposals_are_correlated_and_bounded_and_plans_shift():
+    x = plan.proposals(torch.zeros(3, 1), torch.tensor([0.1]), 200000, 0.5, generator=torch.Generator().manual_seed(0))[..., 0]
+    assert torch.allclose(x.std(0), torch.tensor([0.1, 0.1 * 0.5 ** 0.5, 0.1 * 0.375 ** 0.5]), rtol=0.01)      # n_t = n_(t-1)/2 + std e/2
+    assert abs(torch.corrcoef(x.T)[0, 1] - 0.5 ** 0.5) < 0.01
+    assert plan.proposals(torch.ones(2, 2), torch.ones(2), 100, low=-0.5, high=0.7).max() == 0.7
+    assert plan.shift(torch.arange(4.0)[:, None], 2)[:, 0].tolist() == [2, 3, 3, 3]
+
+
+def test_reward_is_the_formula_of_vp2():
+    video, goal = torch.full((2, 3, 4, 64, 64), -1.0), torch.full((3, 64, 64), -1.0)
+    video[1] = 1.0                                                              # white against black: an error of 1 everywhere
+    assert plan.reward(video, goal).tolist() == [0.0, -0.5 * 3 * 4 * 64 * 64]
+    classifier = plan.Classifier().eval()
+    assert {"net.0.weight", "net.1.cnv.0.weight", "net.5.cnv.2.bias", "net.7.weight", "net.9.weight", "net.11.bias"} <= set(classifier.state_dict())
+    with torch.no_grad():
+        logits = classifier(torch.cat([torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)]))
+        got = plan.reward(video, goal, classifier)
+    assert torch.allclose(got, torch.tensor([0.0, -24576.0]) + 40 * logits, atol=1e-2)
+
+
+def test_wilson_interval():
+    assert np.allclose(plan.wilson(0.5, 10), (0.2366, 0.7634), atol=1e-4) and np.allclose(plan.wilson(0, 30), (0, 0.1135), atol=1e-4)
+
+
+@pytest.mark.parametrize("stride, context", [(1, 2), (4, 6)])
+def test_dreams_of_candidates_are_rollouts_of_their_latent_actions(stride, context):
+    """Equal candidates are dreamed once, the horizon is rounded up to whole latent frames, and only it is returned."""
+    world = small_world()
+    if stride == 4:
+        torch.manual_seed(0)
+        vae = load_opensora_vae(VAE)
+        world = awake(World(world.lam, DiT(DiTConfig(16, 2, 2, vae.channels, 1, 2 * vae.channels, 8, action_dim=32, action_depth=1)), vae, FlowConfig("8")))
+    world.adapter = Adapter(3, world.lam.cfg)
+    size = 8 if stride == 1 else 32
+    frames = np.random.default_rng(0).integers(0, 255, (7, size, size, 3), np.uint8)
+    past, actions = torch.randn(6, 3), torch.randn(5, 3, 3)
+    actions[3] = actions[1]
+    got = plan.dream(world, frames, past, actions, 7, 24, context, 2, 1.0)
+    assert got.shape == (5, 3, 3, size, size) and torch.equal(got[3], got[1]) and not torch.equal(got[0], got[1])
+    seen = 2 if stride == 1 else 5                                              # 6 frames are not whole latent ones
+    for i in (0, 4):
+        whole = torch.cat([past[7 - seen:], actions[i], *([actions[i, -1:]] if stride == 4 else [])])[None]
+        want = world.rollout(torch.from_numpy(frames[None, -seen:]).permute(0, 4, 1, 2, 3) / 127.5 - 1, world.latent_actions(whole), 2, 1.0,
+                             torch.tensor([24.0]), Draw(7))
+        assert torch.allclose(got[i], want[0, :, seen:seen + 3], atol=1e-4)
+
+
+def test_toy_tasks_are_easy_for_the_oracle_and_hard_for_chance(tmp_path):
+    run("plan.py", "--oracle", "--random", "--seeds", 0, "--out", "p", cwd=tmp_path)
+    table = json.load(open(tmp_path / "p/results.json"))["tables"]["plan"]
+    for task in toy.TASKS:
+        assert table[f"{task} oracle"]["success"][0] >= 0.9 and table[f"{task} random"]["success"][0] <= 0.1
+        assert table[f"{task} random"]["high"][0] < table[f"{task} oracle"]["low"][0]
+    assert imageio.imread(tmp_path / "p/samples/plan/push-oracle-0-29.gif").shape[1:] == (18 * 8, 3 * 18 * 8, 3)       # saw | dreamed | goal
+
+
+@pytest.mark.xdist_group("judged")
+@pytest.mark.parametrize("planner", ("cem", "mppi"))
+def test_planning_with_a_world_from_the_command_line(planner, judged):
+    folder, _ = judged
+    done = run("plan.py", "--ckpt", "out/r-held-out", "--task", "reach", "--pairs", 2, "--seeds", 0, 1, "--samples", 6, "--planner", planner, cwd=folder)
+    results = json.load(open(folder / "out/r-held-out/results.json"))
+    row = results["tables"]["plan"]["reach world"]
+    assert len(row["success"]) == 2 and row["low"][0] <= np.mean(row["success"]) <= row["high"][0] and row["pairs"] == [2] and row["seconds a plan"][0] > 0
+    assert "reach world" in done.stdout and "cost pixels" in done.stdout and results["protocol"]["plan"]["planner"] == planner
+    assert len(imageio.imread(folder / "out/r-held-out/samples/plan/reach-world-1-01.gif")) <= 7        # the start and 6 steps
+
+
+@pytest.mark.xdist_group("judged")
+@pytest.mark.parametrize("args, words", [
+    ([], "which run?"), (["--oracle", "--task", "fly"], "toy has reach, push"), (["--ckpt", "out/r"], "has no adapter"),
+    (["--ckpt", "out/r-held-out", "--env", "robodesk"], "not to robodesk"), (["--ckpt", "nowhere"], "no checkpoint"),
+    (["--random", "--env", "robodesk", "--task", "push_red", "--goals", "nowhere"], "no goal of the task push_red"),
+    (["--oracle", "--replan", "9"], "only --horizon 5"), (["--oracle", "--classifier", "x"], "it knows one task"),
+    (["--oracle", "--task", "reach", "--classifier", "out/r/config.json"], "not VP2's classifier"), (["--oracle", "--samples", "0"], "at least 1"),
+])
+def test_bad_plans_get_one_line(args, words, judged):
+    assert words in complaint(run("plan.py", *args, cwd=judged[0], ok=False), "plan.py")
+
+
+def test_robodesk_states_are_whole_and_success_is_its_own(tmp_path):
+    world = desk.Desk(2)
+    states = world.reset(3)
+    picture = world.render()
+    actions = np.array([[0.5, 0.2, -1, 0, 1], [-1, 0.0, -1, 0, -1]])
+    after = world.step(actions)
+    assert not np.array_equal(world.render()[0], picture[0]) and not np.array_equal(after[0], after[1])
+    world.set_state(states)
+    assert np.array_equal(world.render(), picture)                              # the same state gives the same frame
+    assert np.array_equal(world.step(actions), after)                           # and the same future
+    # a desk that goes on does what one that is put there does
+    alone = desk.Desk(1)
+    alone.set_state(states[:1])
+    assert np.allclose(alone.step(actions[:1])[0], after[0], atol=1e-9)
+    for task in desk.TASKS:
+        assert not world.success(task).any()
+        assert bool(world.env.reward_functions[task]("success")) == world.success(task)[1]
+    state = world.reset(0)
+    state[1, 18] = -0.25                                                        # the drawer of one desk, pulled out
+    world.set_state(state)
+    assert world.success("open_drawer").tolist() == [False, True]
+
+
+def test_robodesk_episodes_are_recorded_once_and_serve_as_goals(tmp_path):
+    desk.collect(str(tmp_path / "a"), 2, steps=2)
+    made = {f: os.path.getmtime(f) for f in map(str, (tmp_path / "a").iterdir())}
+    assert len(made) == 4
+    desk.collect(str(tmp_path / "a"), 2, steps=2)
+    assert made == {f: os.path.getmtime(f) for f in map(str, (tmp_path / "a").iterdir())}
+    video = next(f for f in made if f.endswith(".mp4"))
+    with np.load(video[:-4] + ".npz") as labels:
+        assert labels["actions"].shape == (2, 5) and labels["states"].shape == (3, 73)
+        world = desk.Desk()
+        world.set_state(labels["states"][1:2])
+        world.step(labels["actions"][1:])
+        assert np.allclose(world.get_state()[0], labels["states"][2], atol=1e-9)
+        assert np.abs(imageio.imread(video, plugin="pyav")[2].astype(int) - world.render()[0]).max() <= 3      # colour conversion
+    desk.make_goals("open_drawer", str(tmp_path / "goals"), 1)
+    (state, image), = desk.goals("open_drawer", str(tmp_path / "goals"), 30)
+    assert state.shape == (73,) and image.shape == (64, 64, 3)
+    import h5py
+    with h5py.File(tmp_path / "goals.hdf5", "w") as f:                          # as VP2's: states have the hand's place at their end
+        for i in (2, 10):
+            f[f"data/demo_{i}/states"] = np.full((4, 76), i)
+            f[f"data/demo_{i}/obs/camera_image"] = np.full((4, 64, 64, 3), i, np.uint8)
+    found = desk.goals("push_red", str(tmp_path / "goals.hdf5"), 30)
+    assert [s[0] for s, _ in found] == [2, 10] and found[1][0].shape == (73,) and (found[1][1] == 10).all()
+
+
+def test_robodesk_that_cannot_be_used_says_why(monkeypatch):
+    world = desk.Desk()
+    from dm_control import mujoco
+    monkeypatch.setattr(mujoco.Camera, "render", lambda self: np.zeros((120, 120, 3), np.uint8))
+    with pytest.raises(desk.DeskError, match="all-black"):
+        world.render()
+    monkeypatch.setattr(mujoco.Camera, "render", lambda self: 1 / 0)
+    with pytest.raises(desk.DeskError, match="cannot render with MUJOCO_GL="):
+        world.render()
+    monkeypatch.setattr(desk.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(desk.DeskError, match="pip install robodesk==1.0.0"):
+        desk.Desk()
