@@ -1,29 +1,54 @@
-"""Clips for training and evaluation: the toy world, or any video files.
+"""Clips for training and evaluation: the toy world, video files, HDF5, LeRobot, and mixtures of them.
+
+    python data.py --data bridge:/data/bridge:0.3 human:/data/ssv2@fps=5:0.7 --stats --peek out.gif
+
+A source is `[NAME:]PATH[@OPTION...][:WEIGHT]`. What lies at PATH tells its kind: the name of a toy source; a folder with
+meta/info.json (LeRobot v2 or v3); *.hdf5 (robomimic's layout); else video files, with actions in a .npz, .npy or .json of
+the same name. Options: `@fps=5` or `@stride=2` (frame skip), `@camera=KEY`, `@flip=vertical|horizontal|180` (LIBERO's images
+are stored upside down; nothing is guessed), `@split=NAME` (of the source's own), `@actions=sum|last` (over skipped frames).
 
 A dataset maps a list of clip numbers to a batch: `video` uint8 (b, t, h, w, 3), `fps` (b,), `source` (b,) int64, and
 where they are known `actions` (b, t-1, a) and `effects` (b, t-1). Clip i is the same wherever it is drawn, so ranks
 that take disjoint numbers see disjoint data, and a step's clips do not depend on the number of ranks.
 """
 
+import argparse
+import contextlib
+import fcntl
 import glob
+import hashlib
+import importlib
+import json
 import os
+import shlex
 import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+import av
 import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import toy
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
+HDF5_ENDINGS = (".hdf5", ".h5")
+av.logging.set_level(av.logging.PANIC)      # what is wrong with a file is said once, by us
 
 
 class DataError(Exception):
     """A user's mistake about data, in one line."""
+
+
+class MissingPackage(DataError):
+    pass
 
 
 class ToyClips(Dataset):
@@ -60,68 +85,394 @@ class ToyClips(Dataset):
         return {k: torch.from_numpy(v) for k, v in batch.items()}
 
 
-class VideoClips(Dataset):
-    """Clips from a video file, or all those in a folder and its subfolders, decoded once and kept in memory.
+# one file: what is in it, and a few of its frames ---------------------------------------------------------------------
 
-    Frames are cropped to the centre square and resized. A NAME.npz with `actions` (t-1, a) beside NAME.mp4 is read
-    too. The last tenth of the files, at least one, is held out; of a single file, its second half.
+
+def inspect_video(file):
+    """Decode a video once: frame count `n`, `fps`, `pts` of its frames ([first, step] where regular), their unit `base`, `hw`,
+    and the shape of the `actions` beside it"""
+    pts = []
+    with av.open(file) as container:
+        if not container.streams.video:
+            raise DataError("no video stream")
+        stream = container.streams.video[0]
+        h, w = stream.height, stream.width
+        if not 0 < h * w <= 2 ** 26:
+            raise DataError(f"frames of {w}x{h} pixels")
+        for frame in container.decode(stream):
+            if frame.is_corrupt or frame.pts is None:
+                raise DataError(f"frame {len(pts)} is damaged" if frame.is_corrupt else "its frames have no times")
+            pts.append(frame.pts)
+        base = float(stream.time_base)
+    side = side_file(file)
+    steps = np.diff(pts)
+    if not pts or (steps <= 0).any():
+        raise DataError("no frame in it" if not pts else "the times of its frames do not increase")
+    fps = 1 / (np.mean(steps) * base) if len(pts) > 1 else 24.0
+    regular = len(pts) > 1 and (steps == steps[0]).all()
+    return {"n": len(pts), "fps": round(fps, 4), "pts": [pts[0], int(steps[0])] if regular else pts, "regular": bool(regular), "base": base, "hw": [h, w],
+            "actions": list(read_side(side).shape) if side else None}
+
+
+def frame_times(info):
+    """pts (n,) of a video's frames"""
+    return info["pts"][0] + info["pts"][1] * np.arange(info["n"]) if info["regular"] else np.asarray(info["pts"])
+
+
+def read_video(file, info, wanted):
+    """Some frames, given by increasing numbers, as RGB arrays: seeks to the key frame before, or decodes from the start where that fails."""
+    pts = frame_times(info)[wanted].tolist()
+    for seeks in (True, False)[pts[0] == 0 or file.lower().endswith(".gif"):]:  # a GIF's frames build on each other
+        found = {}
+        with av.open(file) as container:
+            stream = container.streams.video[0]
+            if seeks:
+                container.seek(pts[0], stream=stream)
+            with contextlib.suppress(av.FFmpegError if seeks else ()):
+                for frame in container.decode(stream):
+                    if frame.pts in pts and not frame.is_corrupt:
+                        found[frame.pts] = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+                    if frame.pts is None or frame.pts >= pts[-1]:
+                        break
+        if len(found) == len(set(pts)):
+            return [found[p] for p in pts]
+    raise DataError(f"{file}: does not decode as it did when it was indexed")
+
+
+def inspect_hdf5(file):
+    """The demonstrations in a robomimic file: {name: {cameras: {key: n}, actions: [rows, dims], hw, fps}}, and its own splits"""
+    h5py = optional("h5py")
+    with h5py.File(file) as f:
+        demos, env = {}, f["data"].attrs.get("env_args")
+        fps = json.loads(env).get("env_kwargs", {}).get("control_freq", 24) if env else 24      # 24 where unknown
+        for name in sorted(f["data"], key=lambda k: (len(k), k)):
+            demo = f["data"][name]
+            cameras = {k: v.shape for k, v in demo["obs"].items() if v.ndim == 4 and v.dtype == np.uint8 and v.shape[-1] == 3}
+            for key, shape in cameras.items():
+                demo["obs"][key][0], demo["obs"][key][shape[0] - 1]             # can be read
+            actions = demo["actions"].shape if "actions" in demo else None
+            demos[name] = {"cameras": {k: s[0] for k, s in cameras.items()}, "hw": list(next(iter(cameras.values()), [0, 0, 0])[1:3]), "fps": fps,
+                           "actions": list(actions) if actions else None}
+        splits = {k: [n.decode() for n in v[()]] for k, v in f.get("mask", {}).items()}
+    return {"demos": demos, "splits": splits}
+
+
+def optional(package):
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise MissingPackage(f"needs pip install {package.split('.')[0]}") from None
+
+
+def side_file(video):
+    """The file of actions beside a video, or None"""
+    stem = os.path.splitext(video)[0]
+    return next((stem + end for end in (".npz", ".npy", ".json") if os.path.exists(stem + end)), None)
+
+
+def read_side(file):
+    """Actions (n, a) float32 of a .npz or .json (under `actions`) or a .npy"""
+    if file.endswith(".json"):
+        with open(file) as f:
+            actions = json.load(f)
+        actions = actions["actions"] if isinstance(actions, dict) else actions
+    else:
+        actions = np.load(file)
+        actions = actions["actions"] if file.endswith(".npz") else actions
+    actions = np.asarray(actions, np.float32)
+    if actions.ndim != 2 or not np.isfinite(actions).all():
+        raise DataError(f"{os.path.basename(file)}: actions are not (n, a) finite numbers")
+    return actions
+
+
+def index(root, files, inspect):
+    """{file: what `inspect` says, or {"error": why it cannot}}, kept beside the source (or in `out`, where that cannot be written)
+    and renewed for files whose size or time of change differs; other processes wait for the one that makes it."""
+    folder = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
+    name = f".cola-index-{inspect.__name__}.json"
+    if not os.access(folder, os.W_OK):
+        folder, name = "out", f"{name}-{hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:12]}"
+        os.makedirs(folder, exist_ok=True)
+    path, lock = os.path.join(folder, name), os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            with open(path) as f:
+                known = json.load(f)
+        except (OSError, ValueError):
+            known = {}
+
+        def stamp(file):
+            side = side_file(file)
+            return [[s.st_size, s.st_mtime_ns] for s in map(os.stat, [file] + [side] * bool(side))]
+
+        def look(file):
+            try:
+                return inspect(file)
+            except MissingPackage:
+                raise
+            except Exception as error:                          # whatever the reader raises on a bad file
+                return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+
+        keys = {file: os.path.relpath(file, root) for file in files}
+        stamps = {file: stamp(file) for file in files}
+        fresh = [file for file in files if known.get(keys[file], {}).get("stamp") != stamps[file]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            bar = tqdm(pool.map(look, fresh), f"index of {os.path.basename(os.path.abspath(root))}", len(fresh), disable=len(fresh) < 20, leave=False)
+            for file, info in zip(fresh, bar):
+                known[keys[file]] = info | {"stamp": stamps[file]}
+        if fresh:
+            with open(path + ".part", "w") as f:
+                json.dump(known, f)
+            os.replace(path + ".part", path)
+    finally:
+        os.close(lock)
+    return {file: known[keys[file]] for file in files}
+
+
+# a source: its episodes, and clips from them --------------------------------------------------------------------------
+
+
+@dataclass
+class Episode:
+    file: str                   # a video, or HDF5
+    info: dict                  # of the file: `n`, `fps`, `pts`, ...
+    first: int                  # where the episode starts in the file
+    n: int                      # its frames
+    dims: int = 0               # of its actions; 0: it has none
+    actions: tuple = None       # where they are: (file, key or episode number)
+    key: str = None             # HDF5: the dataset of frames
+    low: int = 0                # only the frames low .. high-1 are used
+    high: int = None
+
+    def __post_init__(self):
+        self.high = self.n if self.high is None else self.high
+
+    def times(self):
+        """Seconds of the frames that are used"""
+        return frame_times(self.info)[self.first + self.low:self.first + self.high] * self.info["base"]
+
+
+class Episodes(Dataset):
+    """Clips from anywhere in the episodes of one source; frames are cropped to the centre square and resized.
+
+    The last tenth of the episodes, at least one, is held out; of a single one, its second half.
+
+    Args:
+        path: see the top of this file. options: {fps, stride, camera, flip, split, actions} as text.
 
     Raises:
-        DataError: nothing there, no video, or no clip long enough.
+        DataError: nothing there, an option that makes no sense, or no clip long enough.
     """
 
-    def __init__(self, path, size, frames, seed=0, split="train"):
+    def __init__(self, path, size, frames, seed=0, split="train", options={}):
+        self.path, self.size, self.frames, self.seed, self.failed = path, size, frames, (seed, split == "heldout"), {}
+        unknown = set(options) - {"fps", "stride", "camera", "flip", "split", "actions"}
+        if unknown:
+            raise DataError(f"--data {path}: no option @{unknown.pop()}; there are @fps @stride @camera @flip @split @actions")
+        self.flip, self.merge, self.camera, self.part = (options.get(k) for k in ("flip", "actions", "camera", "split"))
+        try:
+            self.rate, self.stride = float(options.get("fps", 0)), int(options.get("stride", 1))
+            assert self.rate >= 0 and self.stride >= 1 and not ("fps" in options and "stride" in options)
+        except (ValueError, AssertionError):
+            raise DataError(f"--data {path}: @fps takes a number above 0, @stride a whole one; only one of them") from None
+        for k, choices in (("flip", ("vertical", "horizontal", "180")), ("actions", ("sum", "last"))):
+            if options.get(k, choices[0]) not in choices:
+                raise DataError(f"--data {path}: @{k}={options[k]}: choose from {', '.join(choices)}")
         if not os.path.exists(path):
             raise DataError(f"--data {path}: no such file or folder")
-        files = [path] if os.path.isfile(path) else sorted(
-            f for f in glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True) if f.lower().endswith(VIDEO_ENDINGS))
-        if not files:
-            raise DataError(f"--data {path}: no video in this folder ({' '.join(VIDEO_ENDINGS)})")
-        single, held = len(files) == 1, max(1, len(files) // 10)
-        if not single:
-            files = files[:-held] if split == "train" else files[-held:]
-        self.size, self.frames, self.seed = size, frames, (seed, split == "heldout")
-        self.episodes, self.skipped = [], []
-        for file in tqdm(files, "reading video", disable=len(files) < 20, leave=False):
-            video, fps = self.read(file)
-            side = os.path.splitext(file)[0] + ".npz"
-            actions = np.load(side)["actions"].astype(np.float32) if os.path.exists(side) else None
-            if single:
-                half = slice(0, len(video) // 2) if split == "train" else slice(len(video) // 2, None)
-                video, actions = video[half], None if actions is None else actions[half]
-            if len(video) < frames:
-                self.skipped.append(f"{file}: {len(video)} frames, a clip needs {frames}")
-                continue
-            self.episodes.append((video, fps, actions))
+        inside = lambda *ends: sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True) if f.lower().endswith(ends))
+        self.skipped = {}
+        if os.path.isfile(os.path.join(path, "meta", "info.json")):
+            self.kind, episodes = "LeRobot", self.lerobot()
+        elif path.lower().endswith(HDF5_ENDINGS) or not os.path.isfile(path) and inside(*HDF5_ENDINGS):
+            self.kind, episodes = "HDF5", self.hdf5([path] if os.path.isfile(path) else inside(*HDF5_ENDINGS))
+        else:
+            files = [path] if os.path.isfile(path) else inside(*VIDEO_ENDINGS)
+            if not files:
+                raise DataError(f"--data {path}: no video ({' '.join(VIDEO_ENDINGS)}), HDF5 or LeRobot data in this folder")
+            self.kind, episodes = "video", self.videos(files)
+        every = len(episodes) + len(self.skipped)
+        if len(episodes) == 1:
+            e = episodes[0]
+            e.low, e.high = {"train": (0, e.n // 2), "heldout": (e.n // 2, e.n), "all": (0, e.n)}[split]
+        elif split != "all":
+            held = max(1, len(episodes) // 10)
+            episodes = episodes[:-held] if split == "train" else episodes[-held:]
+        counts = []
+        for e in episodes:
+            if self.rate and self.rate > e.info["fps"] * 1.01:
+                raise DataError(f"--data {path}: @fps={self.rate:g}, but {e.file} has {e.info['fps']:g} frames a second")
+            counts.append(self.starts_in(e))
+            if counts[-1] < 1:
+                self.skipped[f"{e.file}{':' + e.key if e.key else ''}"] = f"{e.high - e.low} frames{' for this half' * (e.high - e.low < e.n)}, too short for a clip"
+        self.episodes = [e for e, c in zip(episodes, counts) if c > 0]
+        if self.skipped and split == "train" and path not in TOLD and os.environ.get("LOCAL_RANK", "0") == "0":
+            TOLD.add(path)
+            some = "; ".join(f"{k} ({v})" for k, v in list(self.skipped.items())[:5])
+            print(f"data: {path}: skips {len(self.skipped)} of {every}: {some}{'; ...' if len(self.skipped) > 5 else ''}", file=sys.stderr)
         if not self.episodes:
-            raise DataError(f"--data {path}: no clip of {frames} frames in the {split} files ({self.skipped[0]})")
-        self.labelled = all(a is not None for _, _, a in self.episodes)
-        self.starts = np.cumsum([len(v) - frames + 1 for v, _, _ in self.episodes])
+            why = f": {next(iter(self.skipped))} has {next(iter(self.skipped.values()))}" if self.skipped else ""
+            raise DataError(f"--data {path}: no {split} clip of {frames} frames{why}")
+        self.ends = np.cumsum([c for c in counts if c > 0])
+        dims = {e.dims for e in self.episodes}
+        self.labelled = len(dims) == 1 and dims != {0}
 
-    def read(self, file):
-        """uint8 (t, size, size, 3) and frames a second of a video file"""
+    def videos(self, files):
+        episodes = []
+        for file, info in index(self.path, files, inspect_video).items():
+            rows = info.get("actions")
+            if "error" in info or rows and rows[0] not in (info["n"] - 1, info["n"]):
+                self.skipped[file] = info.get("error") or f"{rows[0]} actions beside {info['n']} frames"
+            else:
+                episodes.append(Episode(file, info, 0, info["n"], *(rows[1], (side_file(file), None)) if rows else ()))
+        return episodes
+
+    def hdf5(self, files):
+        episodes = []
+        for file, found in index(self.path, files, inspect_hdf5).items():
+            if "error" in found:
+                self.skipped[file] = found["error"]
+                continue
+            if self.part and self.part not in found["splits"]:
+                raise DataError(f"--data {self.path}: @split={self.part}: {file} has {', '.join(found['splits']) or 'none'}")
+            for name, demo in found["demos"].items():
+                if self.part and name not in found["splits"][self.part]:
+                    continue
+                camera = self.choose(demo["cameras"])
+                n, rows = demo["cameras"][camera], demo["actions"]
+                if n < 1 or rows and (len(rows) != 2 or rows[0] not in (n - 1, n)):
+                    self.skipped[f"{file}:{name}"] = f"{rows[0] if rows else 0} actions beside {n} frames"
+                    continue
+                info = {"n": n, "fps": demo["fps"], "pts": [0, 1], "regular": True, "base": 1 / demo["fps"], "hw": demo["hw"]}
+                episodes.append(Episode(file, info, 0, n, rows[1] if rows else 0, (file, f"data/{name}/actions"), f"data/{name}/obs/{camera}"))
+        return episodes
+
+    def lerobot(self):
+        parquet, meta = optional("pyarrow.parquet"), os.path.join(self.path, "meta")
         try:
-            fps = imageio.immeta(file, plugin="pyav").get("fps") or 24
-            frames = [self.fit(frame) for frame in imageio.imiter(file, plugin="pyav")]
-        except Exception as error:                              # whatever the decoder raises on a bad file
-            raise DataError(f"--data {file}: not a video that can be decoded ({str(error).splitlines()[0]})") from None
-        return np.stack(frames), fps
+            with open(os.path.join(meta, "info.json")) as f:
+                info = json.load(f)
+            old = info["codebase_version"].startswith("v2")
+            if not old and not info["codebase_version"].startswith("v3"):
+                raise DataError(f"--data {self.path}: LeRobot {info['codebase_version']}; v2.x and v3.0 can be read")
+            camera = self.choose([k for k, f in info["features"].items() if f["dtype"] == "video"])
+            dims = int(np.prod(info["features"].get("action", {"shape": [0]})["shape"]))
+            place = lambda key, **names: os.path.join(self.path, info[key].format(video_key=camera, **names))
+            rows = []               # episode, frames, seconds into its video, table of actions, video
+            if old:
+                with open(os.path.join(meta, "episodes.jsonl")) as f:
+                    for row in map(json.loads, f):
+                        e = row["episode_index"]
+                        names = dict(episode_index=e, episode_chunk=e // info.get("chunks_size", 1000))
+                        rows.append((e, row["length"], 0.0, place("data_path", **names), place("video_path", **names)))
+            else:
+                for file in glob.glob(os.path.join(glob.escape(meta), "episodes", "**", "*.parquet"), recursive=True):
+                    video = f"videos/{camera}/"
+                    columns = [p + k for p in ("data/", video) for k in ("chunk_index", "file_index")] + [video + "from_timestamp", "episode_index", "length"]
+                    for row in parquet.read_table(file, columns=columns, use_threads=False).to_pylist():
+                        where = [place(key, chunk_index=row[p + "chunk_index"], file_index=row[p + "file_index"])
+                                 for key, p in (("data_path", "data/"), ("video_path", video))]
+                        rows.append((row["episode_index"], row["length"], row[video + "from_timestamp"], *where))
+            if self.part:
+                if self.part not in info["splits"]:
+                    raise DataError(f"--data {self.path}: @split={self.part}: there are {', '.join(info['splits'])}")
+                low, high = map(int, info["splits"][self.part].split(":"))
+                rows = [row for row in rows if low <= row[0] < high]
+        except DataError:
+            raise
+        except Exception as error:                              # whatever broken metadata makes the readers raise
+            raise DataError(f"--data {self.path}: its LeRobot metadata cannot be read ({type(error).__name__}: {error})".splitlines()[0]) from None
+        found, episodes = index(self.path, sorted({row[4] for row in rows if os.path.exists(row[4])}), inspect_video), []
+        for e, n, at, table, video in sorted(rows):
+            file = found.get(video, {"error": "no such file"})
+            if "error" not in file:
+                times = (frame_times(file) - frame_times(file)[0]) * file["base"]
+                first = int(np.abs(times - at).argmin())
+                if abs(times[first] - at) > 0.5 / info["fps"] or first + n > file["n"] or old and n != file["n"]:
+                    file = {"error": f"its {file['n']} frames are not those of episode {e}"}
+                elif dims and not os.path.exists(table):
+                    file = {"error": f"{table} is missing"}
+            if "error" in file:
+                self.skipped[f"{video}:{e}"] = file["error"]
+            else:
+                episodes.append(Episode(video, file | {"fps": info["fps"]}, first, n, dims, (table, e)))
+        return episodes
 
-    def fit(self, frame):
-        h, w = frame.shape[:2]
+    def choose(self, cameras):
+        """The camera that was asked for, or the only one."""
+        if self.camera in cameras or len(cameras) == 1 and not self.camera:
+            return self.camera or next(iter(cameras))
+        raise DataError(f"--data {self.path}: " + (f"which of its cameras? @camera={' or @camera='.join(cameras)}" if cameras else "no camera in it"))
+
+    def starts_in(self, e):
+        """How many frames of an episode a clip may start at."""
+        if not self.rate:
+            return e.high - e.low - self.stride * (self.frames - 1)
+        times = e.times()
+        return int(np.searchsorted(times, times[-1] - (self.frames - 1) / self.rate + 1e-4, side="right")) if len(times) else 0
+
+    def clip(self, e, start):
+        """Frames (t, size, size, 3), and actions (t-1, a) or None, of the clip that starts at a frame of an episode."""
+        wanted = start + self.stride * np.arange(self.frames)
+        if self.rate:
+            times = e.times()
+            wanted = np.abs(times[:, None] - (times[start] + np.arange(self.frames) / self.rate)).argmin(0)
+        wanted = e.low + wanted                                 # (t,) frames of the episode
+        if e.key:
+            with optional("h5py").File(e.file) as f:
+                images = f[e.key][wanted[0]:wanted[-1] + 1][wanted - wanted[0]]
+        else:
+            images = read_video(e.file, e.info, e.first + wanted)
+        actions = None
+        if self.labelled:                                       # action t leads from frame t to t+1
+            every = self.read_actions(e)
+            parts = [every[a:b] for a, b in zip(wanted[:-1], wanted[1:])]
+            actions = np.stack([part[-1] if self.merge == "last" else part.sum(0) for part in parts])
+        return np.stack([self.fit(image) for image in images]), actions
+
+    def read_actions(self, e):
+        """(n or n-1, a) float32 of an episode"""
+        file, key = e.actions
+        if key is None:
+            actions = read_side(file)
+        elif e.key:
+            with optional("h5py").File(file) as f:
+                actions = f[key][()].astype(np.float32)
+        else:
+            table = optional("pyarrow.parquet").read_table(file, columns=["action"], filters=[("episode_index", "=", key)], use_threads=False)
+            actions = np.asarray(table["action"].to_pylist(), np.float32).reshape(len(table), -1)
+        if len(actions) not in (e.n - 1, e.n) or actions.shape[1] != e.dims:
+            raise DataError(f"{file}: actions {actions.shape} for the {e.n} frames of an episode")
+        return actions
+
+    def fit(self, image):
+        if self.flip:
+            image = {"vertical": image[::-1], "horizontal": image[:, ::-1], "180": image[::-1, ::-1]}[self.flip]
+        h, w = image.shape[:2]
         side = min(h, w)
         box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
-        return np.asarray(Image.fromarray(frame[..., :3]).resize((self.size, self.size), Image.Resampling.LANCZOS, box))
+        return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((self.size, self.size), Image.Resampling.LANCZOS, box))
 
     def __getitem__(self, indices):
         video, fps, actions = [], [], []
         for i in indices:
-            start = np.random.default_rng((*self.seed, int(i))).integers(self.starts[-1])
-            e = np.searchsorted(self.starts, start, side="right")
-            v, f, a = self.episodes[e]
-            at = self.starts[e] - 1 - start
-            video.append(v[at:at + self.frames]), fps.append(f)
-            actions.append(None if a is None else a[at:at + self.frames - 1])
+            rng = np.random.default_rng((*self.seed, int(i)))
+            for _ in range(20):                                 # a file that has gone bad does not stop a run
+                at = rng.integers(self.ends[-1])
+                k = int(np.searchsorted(self.ends, at, side="right"))
+                e = self.episodes[k]
+                try:
+                    frames, a = self.clip(e, int(at - (self.ends[k - 1] if k else 0)))
+                    break
+                except Exception as error:                      # whatever the reader raises
+                    if e.file not in self.failed:
+                        print(f"data: {e.file} cannot be read any more, other clips are drawn ({(str(error).splitlines() or [''])[0]})", file=sys.stderr)
+                    self.failed[e.file] = self.failed.get(e.file, 0) + 1
+            else:
+                raise DataError(f"--data {self.path}: 20 clips in a row cannot be read any more")
+            video.append(frames), actions.append(a)
+            fps.append(self.rate or e.info["fps"] / self.stride)
         batch = {"video": torch.from_numpy(np.stack(video)), "fps": torch.tensor(fps, dtype=torch.float32),
                  "source": torch.zeros(len(video), dtype=torch.long)}
         if self.labelled:
@@ -129,14 +480,68 @@ class VideoClips(Dataset):
         return batch
 
 
+TOLD = set()                # sources whose skipped files were listed
+
+
+class Mixture(Dataset):
+    """Clips of several sources: each clip comes from one of them with the probability of its weight."""
+
+    labelled = False
+
+    def __init__(self, names, sources, weights, seed=0):
+        self.names, self.sources, self.seed, self.frames = names, sources, seed, sources[0].frames
+        self.edges = np.cumsum(weights) / np.sum(weights)
+
+    def __getitem__(self, indices):
+        which = np.array([np.searchsorted(self.edges, np.random.default_rng((self.seed, 2, int(i))).random(), side="right") for i in indices])
+        rows = [np.flatnonzero(which == s) for s in range(len(self.sources))]
+        parts = [self.sources[s][[indices[i] for i in r]] for s, r in enumerate(rows) if len(r)]
+        back = torch.from_numpy(np.argsort(np.concatenate(rows)))
+        batch = {k: torch.cat([p[k] for p in parts])[back] for k in ("video", "fps")}
+        return batch | {"source": torch.from_numpy(which)}
+
+
 TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
 
 
+def sources(data):
+    """The sources that `--data` names, one text each."""
+    return [data] if os.path.exists(data) else shlex.split(data)
+
+
+def parse_source(text):
+    """`[NAME:]PATH[@OPTION...][:WEIGHT]` -> name, path, options, weight or None"""
+    if os.path.exists(text) or text in TOY:
+        return os.path.basename(os.path.normpath(text)), text, {}, None
+    body, _, last = text.rpartition(":")
+    try:
+        weight = float(last) if body else None
+    except ValueError:
+        weight = None
+    body = body if weight is not None else text
+    name, _, path = body.partition(":")
+    path, *options = (path or body).split("@")
+    if weight is not None and not 0 < weight < float("inf"):
+        raise DataError(f"--data {text}: a weight must be above 0")
+    if any("=" not in o for o in options):
+        raise DataError(f"--data {text}: options read @NAME=VALUE")
+    return name if path != body.split("@")[0] else os.path.basename(os.path.normpath(path)), path, dict(o.split("=", 1) for o in options), weight
+
+
 def clips(data, size, frames, seed=0, split="train"):
-    """The dataset that `--data` names: `toy`, the name of a toy source, or a path."""
-    if data in TOY:
-        return ToyClips("robots" if data == "toy" else data, size, frames, seed, split)
-    return VideoClips(data, size, frames, seed, split)
+    """The dataset that `--data` names: one source, or several with their weights (equal ones where none are given)."""
+    made, weights, names = [], [], []
+    for name, path, options, weight in map(parse_source, sources(data)):
+        if path in TOY and not options:
+            made.append(ToyClips("robots" if path == "toy" else path, size, frames, seed, split))
+        else:
+            made.append(Episodes(path, size, frames, seed, split, options))
+        weights.append(weight), names.append(name)
+    if not made:
+        raise DataError("--data: no source given")
+    if len({w is None for w in weights}) > 1:
+        raise DataError(f"--data {data}: give all sources a weight, or none")
+    return made[0] if len(made) == 1 else Mixture(names, made, [1 if w is None else w for w in weights], seed)
 
 
 def loader(dataset, batch, start, stop, rank=0, ranks=1):
@@ -144,7 +549,8 @@ def loader(dataset, batch, start, stop, rank=0, ranks=1):
     local = batch // ranks
     numbers = [range(step * batch + rank * local, step * batch + (rank + 1) * local) for step in range(start, stop)]
     cuda = torch.cuda.is_available()        # toy clips cost a few per cent of a step on a CPU, where workers would take its cores
-    return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=4 if cuda else 0, pin_memory=cuda, worker_init_fn=undisturbed)
+    workers = 4 if cuda else 0 if isinstance(dataset, ToyClips) else 1
+    return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=cuda, worker_init_fn=undisturbed)
 
 
 def undisturbed(_):
@@ -170,3 +576,72 @@ def random_crop(video, smallest, draw):
     theta[:, :, 2] = shift
     grid = F.affine_grid(theta, (b, c, h, w), align_corners=False)
     return F.grid_sample(video.flatten(1, 2), grid, padding_mode="border", align_corners=False).view(b, c, t, h, w)
+
+
+# the command line -----------------------------------------------------------------------------------------------------
+
+
+def peek(path, dataset, names, n=12, columns=4, side=128):
+    """A GIF of what training will see: clips with the names of their sources, and their actions where they are known."""
+    shown = [dataset[[i]] for i in range(n)]
+    pages = []
+    for t in range(dataset.frames):
+        page = Image.new("RGB", (columns * (side + 4), -(-n // columns) * (side + 28)), "white")
+        write = ImageDraw.Draw(page)
+        for i, clip in enumerate(shown):
+            which, (x, y) = int(clip["source"]), (i % columns * (side + 4), i // columns * (side + 28))
+            if isinstance(dataset, Mixture):                    # which leaves out actions
+                clip = dataset.sources[which][[i]]
+            page.paste(Image.fromarray(clip["video"][0, t].numpy()).resize((side, side), Image.Resampling.NEAREST), (x, y))
+            write.text((x, y + side), f"{names[which]} {float(clip['fps']):.3g} fps", "black")
+            if "actions" in clip and t < clip["actions"].shape[1]:
+                write.text((x, y + side + 12), " ".join(f"{a:+.2f}" for a in clip["actions"][0, t][:4].tolist()), "black")
+        pages.append(np.asarray(page))
+    imageio.imwrite(path, np.stack(pages), duration=250, loop=0)
+
+
+def stats(data, size, frames):
+    """Print a row a source: what there is, and how fast it is read."""
+    print(f"{'source':16} {'kind':8} {'episodes':>8} {'frames':>9} {'hours':>7} {'pixels':>16} {'fps':>9} {'actions':>8} {'skipped':>8} {'clips/s':>8}")
+    for text in sources(data):
+        name, path, options, _ = parse_source(text)
+        dataset = clips(text, size, frames) if path in TOY else Episodes(path, size, frames, split="all", options=options)
+        began = time.time()
+        for i in range(16):
+            dataset[[i]]
+        speed = 16 / (time.time() - began)
+        if path in TOY:
+            print(f"{name:16} {'toy':8} {'endless':>8} {'':9} {'':7} {f'{size}x{size}':>16} {toy.ToyWorld.fps:9} {'':8} {'':8} {speed:8.1f}")
+            continue
+        spread = lambda values: f"{min(values):g}" + (f"-{max(values):g}" if max(values) > min(values) else "")
+        sizes = sorted({tuple(e.info["hw"]) for e in dataset.episodes})
+        pixels = "..".join(f"{w}x{h}" for h, w in sizes[::max(1, len(sizes) - 1)])
+        hours = sum(e.n / e.info["fps"] for e in dataset.episodes) / 3600
+        print(f"{name:16} {dataset.kind:8} {len(dataset.episodes):8} {sum(e.n for e in dataset.episodes):9} {hours:7.3f} {pixels:>16} "
+              f"{spread([round(e.info['fps'], 2) for e in dataset.episodes]):>9} {spread([e.dims for e in dataset.episodes]):>8} {len(dataset.skipped):8} {speed:8.1f}")
+
+
+def main(argv):
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"data.py: {message}\n")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--data", nargs="+", required=True, help="one source, or several")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a square frame")
+    parser.add_argument("--frames", type=int, default=8, help="frames a clip")
+    parser.add_argument("--peek", metavar="GIF", help="write what training will see")
+    parser.add_argument("--stats", action="store_true", help="print what there is")
+    args = parser.parse_args(argv)
+    data = args.data[0] if len(args.data) == 1 else shlex.join(args.data)
+    if args.stats or not args.peek:
+        stats(data, args.size, args.frames)
+    if args.peek:
+        dataset = clips(data, args.size, args.frames)
+        peek(args.peek, dataset, getattr(dataset, "names", None) or [parse_source(data)[0]])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except DataError as error:
+        sys.exit(f"data.py: {error}")

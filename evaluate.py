@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import toy
-from data import TOY, DataError, clips, to_video
+from data import TOY, DataError, clips, parse_source, sources, to_video
 from flow import Draw, load_checkpoint, restore, sample, shift_time, time_ratio
 from lam import resize
 from vq import codebook_metrics
@@ -472,7 +472,7 @@ def compare(a, b):
 def adapted(args, config):
     """Folder of the run adapted from --ckpt to --adapt_data; made by train.py if there is none."""
     out = os.path.normpath(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt))
-    name = f"{os.path.basename(out)}-{os.path.basename(args.adapt_data)}"
+    name = f"{os.path.basename(out)}-{parse_source(args.adapt_data)[0]}"
     target = os.path.join(os.path.dirname(out), name)
     if not os.path.exists(os.path.join(target, "ckpt.pt")):
         skip = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam", "dry_run", "batch", "eval_clips",
@@ -524,10 +524,10 @@ def main(argv):
     state = load_checkpoint(args.ckpt)
     config, world = state["config"], restore(state, args.vae_weights).to(device).eval()
     known = config["data"] in TOY
-    sources = args.data or (list(toy.EMBODIMENTS) if known else [config["data"]])
+    names = args.data or (list(toy.EMBODIMENTS) if known else sources(config["data"]))
     args.adapt_data = args.adapt_data or (config["data"] if world.adapter or not known else "held-out")
     open_clips = lambda name, split: clips(name, config["size"], config["eval_frames"], config["seed"], split)
-    heldout = {name: open_clips(name, "heldout") for name in sources}
+    heldout = {name: open_clips(name, "heldout") for name in names}
     wants = lambda task: args.task in (task, "all")
     measures, features, why = optional(args, config["size"], config["eval_frames"], device)
     if args.clips < 64 and rank == 0 and (wants("predict") or wants("adapt")):
@@ -556,7 +556,7 @@ def main(argv):
             made, videos = predict_rows(world, data, variants, args, measures, features, rank, ranks)
             rows |= {f"{name} {v}": row for v, row in made.items()}
             if videos and rank == 0:
-                save_gif(os.path.join(pictures, f"predict-{os.path.basename(name)}.gif"), videos)
+                save_gif(os.path.join(pictures, f"predict-{parse_source(name)[0]}.gif"), videos)
         show("predict", rows)
     usage = {}
     if (wants("codebook") or wants("transfer")) and not world.lam.quantize:

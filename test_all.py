@@ -1,5 +1,6 @@
 """Tests: python -m pytest -q -n 2 --dist loadgroup test_all.py (tiny models, real behaviour; minutes on two cores)."""
 
+import functools
 import json
 import os
 import random
@@ -8,18 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
+import av
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
 import desk
 import evaluate
 import plan
 import toy
-from data import ToyClips, VideoClips, loader, random_crop
+from data import Episodes, ToyClips, clips, loader, random_crop
 from dit import DiT, DiTConfig, KVCache, load_opensora
 from evaluate import align, cka, collapsed, frechet, nmi, paired_t, predict, probe, psnr, ssim
 from flow import Draw, FlowConfig, World, build, load_checkpoint, load_world, sample, shift_time, time_ratio
@@ -556,23 +560,289 @@ def films(tmp_path_factory):
 
 
 def test_video_files_are_read_cropped_and_resized(films):
-    data = VideoClips(str(films), 20, 8)
-    assert len(data.episodes) == 2 and len(data.skipped) == 1 and "a-short.gif: 3 frames" in data.skipped[0]
-    assert len(VideoClips(str(films), 20, 8, split="heldout").episodes) == 1
+    data = Episodes(str(films), 20, 8)
+    assert len(data.episodes) == 2 and len(data.skipped) == 1 and "3 frames, too short" in data.skipped[str(films / "a-short.gif")]
+    assert len(Episodes(str(films), 20, 8, split="heldout").episodes) == 1
     batch = data[range(5)]
     assert batch["video"].shape == (5, 8, 20, 20, 3) and batch["fps"].min() == 12
-    whole = VideoClips(str(films / "a.mp4"), 48, 8)
+    whole = Episodes(str(films / "a.mp4"), 48, 10)                              # a single file: its first half
     truth = toy.robot_clips("slide", range(1), 0, 20, 48)[0][0].repeat(2, 1)[:, 24:72]
-    assert np.abs(whole.episodes[0][0].astype(int) - truth[:len(whole.episodes[0][0])]).mean() < 8
+    assert np.abs(whole[[0]]["video"][0].numpy().astype(int) - truth[:10]).mean() < 8
+    rest = Episodes(str(films / "a.mp4"), 48, 10, split="heldout")[[0]]
+    assert np.abs(rest["video"][0].numpy().astype(int) - truth[10:]).mean() < 8 and rest["actions"][0, :, 0].tolist() == list(range(20, 38, 2))
 
 
-def test_actions_stay_aligned_with_their_frames(tmp_path):
-    for name in "ab":                       # the brightness of frame t is 10 t, action t is t
-        shade = np.broadcast_to(np.arange(20)[:, None, None, None] * 10, (20, 32, 32, 3)).astype(np.uint8)
-        imageio.imwrite(tmp_path / f"{name}.mp4", shade, plugin="pyav", codec="libx264", fps=10)
-        np.savez(tmp_path / f"{name}.npz", actions=np.arange(19.0)[:, None])
-    batch = VideoClips(str(tmp_path), 32, 5)[range(20)]
-    assert torch.allclose(batch["video"][:, :-1].float().mean((2, 3, 4)) / 10, batch["actions"][..., 0], atol=0.4)
+def shades(n, h=32, w=32):
+    """Frames (n, h, w, 3) that tell their number by their brightness: 6 t, for up to 40."""
+    return np.broadcast_to((6 * np.arange(n))[:, None, None, None], (n, h, w, 3)).astype(np.uint8)
+
+
+def told(batch):
+    """The numbers (b, t) that the frames of `shades` tell."""
+    return (batch["video"].float().mean((2, 3, 4)) / 6).round()
+
+
+def write_film(path, frames, codec="libx264", times=None, sound=False, **options):
+    """A video whose frame i is shown at times[i] / 100 s (every 10th of a second)."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10, options={k: str(v) for k, v in options.items()})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p" if codec == "libx264" else stream.pix_fmt
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 100)
+        if sound:
+            tone = file.add_stream("aac", rate=8000)
+            noise = av.AudioFrame.from_ndarray(np.random.default_rng(0).normal(0, 0.1, (1, 8000 * len(frames) // 10)).astype(np.float32), "fltp", "mono")
+            noise.sample_rate = 8000
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))
+            picture.pts, picture.time_base = (10 * i if times is None else times[i]), Fraction(1, 100)
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode(None))
+        if sound:
+            file.mux(tone.encode(noise)), file.mux(tone.encode(None))
+
+
+@pytest.mark.parametrize("end, options", [
+    ("mp4", dict(g=7)), ("mp4", dict(g=250, bf=3)), ("mp4", dict(g=5, sound=True)), ("mkv", dict(g=9)), ("webm", dict(codec="libvpx-vp9", g=6)), ("gif", {}),
+    ("mp4", dict(times=np.cumsum(np.random.default_rng(0).integers(3, 40, 40)))), ("mp4", dict(h=33, w=47)), ("mov", dict(h=16, w=400))])
+def test_seeking_gives_the_very_frames_of_decoding_from_the_start(end, options, tmp_path):
+    options = dict(options)
+    file, frames = str(tmp_path / f"film.{end}"), shades(40, options.pop("h", 32), options.pop("w", 32))
+    imageio.imwrite(file, frames, duration=100, loop=0) if end == "gif" else write_film(file, frames, **options)
+    with av.open(file) as container:
+        truth = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    info = data.inspect_video(file)
+    assert info["n"] == len(truth) == 40 and info["hw"] == list(frames.shape[1:3])
+    for wanted in ([0, 1], [39], [13, 14, 15], [2, 20, 38], [7], [35, 36]):
+        assert all(np.array_equal(a, truth[i]) for a, i in zip(data.read_video(file, info, np.array(wanted)), wanted, strict=True))
+    clip = Episodes(file, 8, 5)[range(6)]
+    assert (told(clip).diff(dim=1) == 1).all() and clip["video"].shape == (6, 5, 8, 8, 3)
+
+
+@pytest.mark.parametrize("end", ("npz", "npy", "json"))
+def test_actions_stay_aligned_with_their_frames(end, tmp_path):
+    for name in "ab":                       # frame t tells t, action t is t
+        write_film(tmp_path / f"{name}.mp4", shades(20))
+        actions = np.arange(19.0)[:, None]
+        np.savez(tmp_path / f"{name}.npz", actions=actions) if end == "npz" else np.save(tmp_path / f"{name}.npy", actions) if end == "npy" else \
+            (tmp_path / f"{name}.json").write_text(json.dumps({"actions": actions.tolist()}))
+    batch = Episodes(str(tmp_path), 32, 5)[range(20)]
+    assert torch.equal(told(batch)[:, :-1], batch["actions"][..., 0])
+    # skipped frames: their actions are summed, or the last is taken
+    for options in (dict(stride="3"), dict(fps="3.4")):
+        batch, last = (Episodes(str(tmp_path), 32, 5, options=options | how)[range(20)] for how in ({}, {"actions": "last"}))
+        seen = told(batch)
+        assert torch.equal(last["actions"][..., 0], seen[:, 1:] - 1)
+        sums = [[sum(range(int(a), int(b))) for a, b in zip(row[:-1], row[1:])] for row in seen]
+        assert batch["actions"][..., 0].tolist() == sums and batch["fps"][0] == pytest.approx(10 / 3 if "stride" in options else 3.4)
+    assert (seen.diff(dim=1) - 10 / 3.4).abs().max() < 1                        # the nearest frames to every 1 / 3.4 s
+
+
+def robomimic(file, demos=4, n=12):
+    import h5py
+    with h5py.File(file, "w") as f:
+        for d in range(demos):
+            f[f"data/demo_{d}/actions"] = np.arange(n * 2.0).reshape(n, 2)      # as many as frames: the last leads beyond
+            f[f"data/demo_{d}/obs/agentview_image"] = shades(n)
+            f[f"data/demo_{d}/obs/wrist_image"] = np.zeros((n, 16, 16, 3), np.uint8)
+            f[f"data/demo_{d}/obs/joint_pos"] = np.zeros((n, 7))
+        f["data"].attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": 20}})
+        f["mask/train"] = np.array([b"demo_0", b"demo_2", b"demo_3"])
+
+
+def test_robomimic_hdf5_is_read(tmp_path):
+    robomimic(tmp_path / "a.hdf5")
+    with pytest.raises(data.DataError, match="@camera=agentview_image or @camera=wrist_image"):
+        Episodes(str(tmp_path), 32, 4)
+    source = Episodes(str(tmp_path), 32, 4, options={"camera": "agentview_image"})
+    assert len(source.episodes) == 3 and source.labelled
+    batch = source[range(10)]
+    assert torch.equal(told(batch)[:, :-1] * 2, batch["actions"][..., 0]) and (batch["fps"] == 20).all()
+    assert batch["video"].max() == 6 * told(batch).max()                        # exact: nothing is encoded
+    assert len(Episodes(str(tmp_path), 32, 4, split="all", options={"camera": "agentview_image"}).episodes) == 4
+    halves = np.concatenate([np.zeros((12, 16, 32, 3)), np.full((12, 16, 32, 3), 255)], 1).astype(np.uint8)
+    import h5py
+    with h5py.File(tmp_path / "b.hdf5", "w") as f:
+        f["data/demo_0/obs/image"] = halves
+    up, down = (clips(f"{tmp_path}/b.hdf5{flip}", 32, 4)[[0]]["video"][0, 0] for flip in ("@flip=vertical", ""))
+    assert up[0].min() == 255 and down[0].max() == 0
+    only = clips(f"{tmp_path}/a.hdf5@camera=agentview_image@split=train", 32, 4)
+    assert [e.key.split("/")[1] for e in only.episodes] == ["demo_0", "demo_2"]                     # demo_3 is held out
+
+
+def lerobot(root, version, lengths=(15, 12, 20), fps=10):
+    """A LeRobot data set; frame t of every episode tells t, action t is (t, episode)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    old = version == "v2.1"
+    info = {"codebase_version": version, "fps": fps, "chunks_size": 1000, "splits": {"train": "0:2"},
+            "features": {"observation.images.top": {"dtype": "video", "shape": [32, 32, 3]}, "action": {"dtype": "float32", "shape": [2]}},
+            "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet" if old else "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+            "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4" if old else
+                          "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"}
+    rows = [{"episode_index": e, "action": [float(t), float(e)], "timestamp": t / fps, "frame_index": t} for e, n in enumerate(lengths) for t in range(n)]
+
+    def put(path, rows):
+        os.makedirs(os.path.dirname(root / path), exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), root / path)
+
+    def film(path, frames):
+        os.makedirs(os.path.dirname(root / path), exist_ok=True)
+        write_film(root / path, frames, g=2)
+
+    os.makedirs(root / "meta")
+    if old:
+        for e, n in enumerate(lengths):
+            put(f"data/chunk-000/episode_{e:06d}.parquet", [r for r in rows if r["episode_index"] == e])
+            film(f"videos/chunk-000/observation.images.top/episode_{e:06d}.mp4", shades(n))
+        (root / "meta/episodes.jsonl").write_text("".join(json.dumps({"episode_index": e, "length": n}) + "\n" for e, n in enumerate(lengths)))
+    else:
+        put("data/chunk-000/file-000.parquet", rows)
+        film("videos/observation.images.top/chunk-000/file-000.mp4", np.concatenate([shades(n) for n in lengths[:2]]))
+        film("videos/observation.images.top/chunk-000/file-001.mp4", shades(lengths[2]))
+        key = "videos/observation.images.top/"
+        put("meta/episodes/chunk-000/file-000.parquet", [
+            {"episode_index": e, "length": n, "data/chunk_index": 0, "data/file_index": 0, key + "chunk_index": 0, key + "file_index": int(e == 2),
+             key + "from_timestamp": lengths[0] / fps if e == 1 else 0.0} for e, n in enumerate(lengths)])
+    (root / "meta/info.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("version", ("v2.1", "v3.0"))
+def test_lerobot_is_read(version, tmp_path):
+    lerobot(tmp_path / "set", version)
+    source = clips(str(tmp_path / "set"), 32, 5)
+    assert source.kind == "LeRobot" and [e.n for e in source.episodes] == [15, 12] and clips(str(tmp_path / "set"), 32, 5, split="heldout").episodes[0].n == 20
+    batch = source[range(30)]
+    assert torch.equal(told(batch)[:, :-1], batch["actions"][..., 0]) and (batch["fps"] == 10).all()
+    assert (told(batch).diff(dim=1) == 1).all() and set(batch["actions"][:, 0, 1].tolist()) == {0, 1}       # no clip spans two episodes
+    assert [e.n for e in clips(f"{tmp_path / 'set'}@split=train", 32, 5, split="all").episodes] == [15, 12]
+    (tmp_path / "set/meta/info.json").write_text('{"codebase_version": "v2.1"}')
+    with pytest.raises(data.DataError, match="metadata cannot be read"):
+        clips(str(tmp_path / "set"), 32, 5)
+
+
+def test_index_is_made_once_and_renewed_for_changed_files(films, tmp_path, monkeypatch):
+    folder = tmp_path / "films"
+    shutil.copytree(films, folder, ignore=shutil.ignore_patterns(".cola*"))
+    looked = []
+    inspect = data.inspect_video
+    monkeypatch.setattr(data, "inspect_video", functools.wraps(inspect)(lambda file: (looked.append(os.path.basename(file)), inspect(file))[1]))
+    Episodes(str(folder), 8, 8), Episodes(str(folder), 8, 8, split="heldout")
+    assert sorted(looked) == ["a-short.gif", "a.mp4", "b.webm", "c.gif"]
+    write_film(folder / "a.mp4", shades(20))
+    np.savez(folder / "b.npz", actions=np.zeros((5, 2)))                        # does not fit
+    looked.clear()
+    assert "5 actions beside 20 frames" in Episodes(str(folder), 8, 8).skipped[str(folder / "b.webm")] and sorted(looked) == ["a.mp4", "b.webm"]
+    # a file that is gone, after the index was read, does not stop a run
+    shutil.copy(folder / "c.gif", folder / "d.gif")
+    source = Episodes(str(folder), 8, 8)
+    os.remove(source.episodes[0].file)
+    assert source[range(20)]["video"].shape == (20, 8, 8, 8, 3) and len(source.failed) == 1
+
+
+def test_mixture_draws_by_weight_on_any_number_of_ranks(films, tmp_path):
+    write_film(tmp_path / "white.mp4", np.full((20, 32, 32, 3), 255, np.uint8))
+    text = f"mine:{films}:0.3 white:{tmp_path}/white.mp4@stride=2:0.5 cross:0.2"
+    mixture = clips(text, 16, 4)
+    assert mixture.names == ["mine", "white", "cross"]
+    which = mixture[range(600)]["source"]
+    assert (torch.bincount(which) / 600 - torch.tensor([0.3, 0.5, 0.2])).abs().max() < 0.05
+    batch = mixture[range(16)]
+    assert (batch["video"][batch["source"] == 1] > 250).all() and (batch["fps"][batch["source"] == 1] == 5).all()
+    whole = next(iter(loader(mixture, 8, 3, 4)))
+    parts = [next(iter(loader(mixture, 8, 3, 4, rank, 2))) for rank in range(2)]
+    assert all(torch.equal(whole[k], torch.cat([p[k] for p in parts])) for k in ("video", "source", "fps"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("/no/such", "no such file"), ("{}@fps", "options read"), ("{}@speed=2", "no option @speed"), ("{}@flip=up", "choose from vertical"), ("{}@fps=x", "@fps takes a number"),
+    ("{}@fps=90", "frames a second"), ("{}:0", "above 0"), ("a:{}:0.5 b:{}", "all sources a weight"), ("{}/a.npz", "no train clip"),
+])
+def test_bad_sources_get_one_line(text, words, films):
+    with pytest.raises(data.DataError, match=words):
+        clips(text.replace("{}", str(films)), 16, 4)
+
+
+def damage(rng, raw, how):
+    """Bytes of a file that somebody spoiled."""
+    if how == "truncated":
+        return raw[:int(rng.integers(1, len(raw) - 1))]
+    if how == "flipped":
+        raw = bytearray(raw)
+        for at in rng.integers(0, len(raw), 20):
+            raw[at] ^= 1 << int(rng.integers(8))
+        return bytes(raw)
+    if how == "zeros":
+        return raw[:len(raw) // 4] + bytes(len(raw) // 2) + raw[-(len(raw) // 4):]
+    if how == "header":                     # numbers near the start become huge
+        return raw[:int(rng.integers(4, 60))] + b"\xff" * int(rng.integers(4, 40)) + raw[100:]
+    return {"empty": b"", "text": b"not a video\n" * 50, "noise": rng.bytes(3000)}[how]
+
+
+def test_200_damaged_files_are_counted_and_none_stops_the_run(tmp_path):
+    rng = np.random.default_rng(0)
+    os.makedirs(tmp_path / "good")
+    write_film(tmp_path / "good/x.mp4", shades(20), g=5), write_film(tmp_path / "good/x.webm", shades(20), "libvpx-vp9")
+    imageio.imwrite(tmp_path / "good/x.gif", shades(20), duration=100, loop=0)
+    os.makedirs(tmp_path / "bad")
+    hows, made = ("truncated", "flipped", "zeros", "header", "empty", "text", "noise"), {}
+    for i in range(170):
+        end, how = ("mp4", "webm", "gif")[i % 3], hows[i % 7]
+        wrong = ("mp4", "webm", "gif")[(i + 1) % 3] if i % 20 == 19 else end    # another format under this name
+        file = tmp_path / f"bad/{i:03d}-{how}.{end}"
+        file.write_bytes(damage(rng, (tmp_path / f"good/x.{wrong}").read_bytes(), how))
+        np.save(file.with_suffix(".npy"), np.arange(19.0)[:, None])
+        made[str(file)] = how
+    for i in range(30):                     # a good video, and damaged actions
+        shutil.copy(tmp_path / "good/x.mp4", tmp_path / f"bad/z{i:02d}.mp4")
+        np.savez(tmp_path / "good/y.npz", actions=np.arange(19.0)[:, None])
+        (tmp_path / f"bad/z{i:02d}.npz").write_bytes(damage(rng, (tmp_path / "good/y.npz").read_bytes(), hows[i % 7]))
+        made[str(tmp_path / f"bad/z{i:02d}.mp4")] = hows[i % 7]
+    for i in range(3):
+        write_film(tmp_path / f"bad/zz{i}.mp4", shades(20))
+        np.save(tmp_path / f"bad/zz{i}.npy", np.arange(19.0)[:, None])
+    began = time.time()
+    source = Episodes(str(tmp_path / "bad"), 8, 4, split="all")
+    used = {e.file for e in source.episodes}
+    assert time.time() - began < 60 and set(made) - used == set(source.skipped) and len(used) + len(source.skipped) == 203
+    assert not [f for f in used if made.get(f) in ("empty", "text", "noise")] and len(source.skipped) > 120
+    for e in source.episodes:               # what is used has all its frames, and its own actions; flipped pixels of a GIF nobody can tell
+        for start in (0, 8, e.n - 4):
+            try:
+                frames, actions = source.clip(e, start)
+            except Exception as error:
+                assert "decode" in str(error)
+                continue
+            assert frames.shape == (4, 8, 8, 3) and actions[:, 0].tolist() == [start, start + 1, start + 2]
+            if e.file.endswith("mp4") or made.get(e.file) == "truncated":
+                assert np.abs(frames.mean((1, 2, 3)) / 6 - np.arange(start, start + 4)).max() < 1.5
+    assert source[range(50)]["video"].shape[0] == 50
+    from h5py import File
+    robomimic(tmp_path / "good.hdf5", 1, 20)
+    os.makedirs(tmp_path / "h5")
+    for i in range(14):
+        (tmp_path / f"h5/{i:02d}.hdf5").write_bytes(damage(rng, (tmp_path / "good.hdf5").read_bytes(), hows[i % 7]))
+    shutil.copy(tmp_path / "good.hdf5", tmp_path / "h5/zz.hdf5")
+    source = Episodes(str(tmp_path / "h5"), 8, 4, split="all", options={"camera": "agentview_image"})
+    assert len(source.skipped) + len(source.episodes) == 15 and len(source.skipped) >= 10
+
+
+def test_memory_stays_flat_over_drawn_clips(films, tmp_path):
+    robomimic(tmp_path / "a.hdf5")
+    mixture = clips(f"{films} {tmp_path}/a.hdf5@camera=agentview_image", 16, 4)
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20
+    for i in range(0, 600, 20):
+        mixture[range(i, i + 20)]
+        before = resident() if i == 200 else before if i > 200 else None
+    assert resident() - before < 15         # MB over 400 clips; 10,000 were measured by hand, see the README
+
+
+def test_peek_and_stats_show_what_training_will_see(films, tmp_path):
+    done = run("data.py", "--data", f"mine:{films}:0.5", "cross:0.5", "--frames", 4, "--stats", "--peek", "p.gif", cwd=tmp_path)
+    line = next(text for text in done.stdout.splitlines() if text.startswith("mine")).split()
+    assert line[1:3] == ["video", "3"] and "48x96" in line and "skips 1 of 4" in done.stderr
+    assert imageio.imread(tmp_path / "p.gif").shape == (4, 3 * 156, 4 * 132, 3)
+    assert "no such file" in complaint(run("data.py", "--data", "/no/such", cwd=tmp_path, ok=False), "data.py")
 
 
 def test_random_crop_is_one_window_a_clip():

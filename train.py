@@ -11,6 +11,7 @@ Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones, samples/
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import toy
-from data import TOY, DataError, clips, loader, random_crop, to_video
+from data import TOY, DataError, clips, loader, parse_source, random_crop, sources, to_video
 from evaluate import align, collapsed, loss_by_time, report, save_gif
 from flow import Draw, build, checkpoints, newest, restore, save
 from lam import Adapter
@@ -47,7 +48,7 @@ class Config:
     preset: str = setting("tiny", "tiny (a laptop's CPU), small (one GPU) or opensora (the paper)")
     mode: str = setting("joint", "joint: the generator is the forward model; two-stage: first LAM with FDM, then the generator on the frozen LAM; "
                         "pretrain: the generator alone, without actions; adapt: to the real actions of --data, from --init")
-    data: str = setting("toy", "toy, or a video file, or a folder of video files")
+    data: str = setting("toy", "toy, or files and folders of video, HDF5 or LeRobot data, several with weights: see python data.py --help")
     seed: int = setting(0, "seed of weights, data order and noise")
     pretrain: int = setting(300, "steps without actions, on web clips for the toy world; none with --dit_weights or --init")
     warmup: int = setting(100, "joint: steps with the generator frozen")
@@ -189,10 +190,12 @@ def parse(argv):
     """Config from the command line: the values of the preset, or of the run to resume, and over them what was given."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        switch = {"nargs": "?", "const": "1"} if f.type is bool else {}
+        switch = {"nargs": "?", "const": "1"} if f.type is bool else {"nargs": "+"} if f.name == "data" else {}
         text = f"{f.metadata['help']} (tiny: {f.default})"
         parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=text, **switch)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    if "data" in given:
+        given["data"] = given["data"][0] if len(given["data"]) == 1 else shlex.join(given["data"])
     for f in fields(Config):
         if f.name in given:
             try:
@@ -297,9 +300,11 @@ def open_data(cfg):
     used to judge, never to train."""
     data, heldout = ({p["data"]: clips(p["data"], cfg.size, frames, cfg.seed, split) for p in phases(cfg)}
                      for frames, split in ((cfg.frames, "train"), (cfg.eval_frames, "heldout")))
-    labels = [split[phases(cfg)[-1]["data"]].labelled for split in (data, heldout)]
-    sources = list(toy.MIXTURE) if cfg.data == "toy" else [cfg.data] if all(labels) else []
-    labelled = [[s] + [clips(s, cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")] for s in sources]
+    labelled = []
+    for text in toy.MIXTURE if cfg.data == "toy" else sources(cfg.data):
+        both = [clips(text, cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")]
+        if both[0].labelled and both[1].labelled:
+            labelled.append([parse_source(text)[0], *both])
     return data, heldout, labelled
 
 
