@@ -63,6 +63,7 @@ class ToyClips(Dataset):
         self.names = list(toy.MIXTURE) if source == "robots" else [source]
         self.stream = {"train": 2 * seed, "heldout": 1}[split]                  # held-out clips are the same for all seeds
         self.labelled = source in toy.EMBODIMENTS                               # true actions are known
+        self.light = True                                                       # quick to draw from
 
     def __getitem__(self, indices):
         indices = np.asarray(indices)
@@ -119,10 +120,11 @@ def frame_times(info):
     return info["pts"][0] + info["pts"][1] * np.arange(info["n"]) if info["regular"] else np.asarray(info["pts"])
 
 
-def read_video(file, info, wanted):
+def read_video(file, info, wanted, seek=True):
     """Some frames, given by increasing numbers, as RGB arrays: seeks to the key frame before, or decodes from the start where that fails."""
     pts = frame_times(info)[wanted].tolist()
-    for seeks in (True, False)[pts[0] == 0 or file.lower().endswith(".gif"):]:  # a GIF's frames build on each other
+    seek &= wanted[0] > 0 and not file.lower().endswith(".gif")                 # a GIF's frames build on each other
+    for seeks in [True, False] if seek else [False]:
         found = {}
         with av.open(file) as container:
             stream = container.streams.video[0]
@@ -315,6 +317,7 @@ class Episodes(Dataset):
             why = f": {next(iter(self.skipped))} has {next(iter(self.skipped.values()))}" if self.skipped else ""
             raise DataError(f"--data {path}: no {split} clip of {frames} frames{why}")
         self.ends = np.cumsum([c for c in counts if c > 0])
+        self.light = sum(e.n for e in self.episodes) * size * size * 3 < MEMORY // 4
         dims = {e.dims for e in self.episodes}
         self.labelled = len(dims) == 1 and dims != {0}
 
@@ -419,17 +422,28 @@ class Episodes(Dataset):
             times = e.times()
             wanted = np.abs(times[:, None] - (times[start] + np.arange(self.frames) / self.rate)).argmin(0)
         wanted = e.low + wanted                                 # (t,) frames of the episode
-        if e.key:
-            with optional("h5py").File(e.file) as f:
-                images = f[e.key][wanted[0]:wanted[-1] + 1][wanted - wanted[0]]
+        if self.light:
+            key = (e.file, e.key, e.first, self.size, self.flip)
+            if key not in KEPT:
+                KEPT[key] = self.read_frames(e, np.arange(e.n))
+            images = KEPT[key][wanted]
         else:
-            images = read_video(e.file, e.info, e.first + wanted)
+            images = self.read_frames(e, wanted)
         actions = None
         if self.labelled:                                       # action t leads from frame t to t+1
             every = self.read_actions(e)
             parts = [every[a:b] for a, b in zip(wanted[:-1], wanted[1:])]
             actions = np.stack([part[-1] if self.merge == "last" else part.sum(0) for part in parts])
-        return np.stack([self.fit(image) for image in images]), actions
+        return images, actions
+
+    def read_frames(self, e, wanted):
+        """Some frames of an episode, by increasing numbers: uint8 (t, size, size, 3)"""
+        if e.key:
+            with optional("h5py").File(e.file) as f:
+                images = f[e.key][wanted[0]:wanted[-1] + 1][wanted - wanted[0]]
+        else:
+            images = read_video(e.file, e.info, e.first + wanted)
+        return np.stack([self.fit(image) for image in images])
 
     def read_actions(self, e):
         """(n or n-1, a) float32 of an episode"""
@@ -481,6 +495,8 @@ class Episodes(Dataset):
 
 
 TOLD = set()                # sources whose skipped files were listed
+KEPT = {}                   # decoded episodes of small sources
+MEMORY = 2 ** 30            # bytes: a source that has less than a quarter of it, once decoded and resized, is kept
 
 
 class Mixture(Dataset):
@@ -490,6 +506,7 @@ class Mixture(Dataset):
 
     def __init__(self, names, sources, weights, seed=0):
         self.names, self.sources, self.seed, self.frames = names, sources, seed, sources[0].frames
+        self.light = all(source.light for source in sources)
         self.edges = np.cumsum(weights) / np.sum(weights)
 
     def __getitem__(self, indices):
@@ -539,6 +556,8 @@ def clips(data, size, frames, seed=0, split="train"):
         weights.append(weight), names.append(name)
     if not made:
         raise DataError("--data: no source given")
+    if len(set(names)) < len(names):
+        raise DataError(f"--data {data}: two sources have the same name; give them names, NAME:PATH")
     if len({w is None for w in weights}) > 1:
         raise DataError(f"--data {data}: give all sources a weight, or none")
     return made[0] if len(made) == 1 else Mixture(names, made, [1 if w is None else w for w in weights], seed)
@@ -548,8 +567,8 @@ def loader(dataset, batch, start, stop, rank=0, ranks=1):
     """One batch a step for steps start..stop-1: this rank's share of the step's global batch."""
     local = batch // ranks
     numbers = [range(step * batch + rank * local, step * batch + (rank + 1) * local) for step in range(start, stop)]
-    cuda = torch.cuda.is_available()        # toy clips cost a few per cent of a step on a CPU, where workers would take its cores
-    workers = 4 if cuda else 0 if isinstance(dataset, ToyClips) else 1
+    cuda = torch.cuda.is_available()        # on a CPU a worker would take a core, which light clips are not worth
+    workers = 4 if cuda else 1 - dataset.light
     return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=cuda, worker_init_fn=undisturbed)
 
 
@@ -601,14 +620,13 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
 
 
 def stats(data, size, frames):
-    """Print a row a source: what there is, and how fast it is read."""
-    print(f"{'source':16} {'kind':8} {'episodes':>8} {'frames':>9} {'hours':>7} {'pixels':>16} {'fps':>9} {'actions':>8} {'skipped':>8} {'clips/s':>8}")
+    """Print a row a source: what there is, how many clips a second are read, and what seeking wins over decoding from the start."""
+    print(f"{'source':16} {'kind':8} {'episodes':>8} {'frames':>9} {'hours':>7} {'pixels':>16} {'fps':>9} {'actions':>8} {'skipped':>8} {'clips/s':>8} {'seeking':>8}")
     for text in sources(data):
         name, path, options, _ = parse_source(text)
         dataset = clips(text, size, frames) if path in TOY else Episodes(path, size, frames, split="all", options=options)
         began = time.time()
-        for i in range(16):
-            dataset[[i]]
+        dataset[range(16)]
         speed = 16 / (time.time() - began)
         if path in TOY:
             print(f"{name:16} {'toy':8} {'endless':>8} {'':9} {'':7} {f'{size}x{size}':>16} {toy.ToyWorld.fps:9} {'':8} {'':8} {speed:8.1f}")
@@ -616,9 +634,18 @@ def stats(data, size, frames):
         spread = lambda values: f"{min(values):g}" + (f"-{max(values):g}" if max(values) > min(values) else "")
         sizes = sorted({tuple(e.info["hw"]) for e in dataset.episodes})
         pixels = "..".join(f"{w}x{h}" for h, w in sizes[::max(1, len(sizes) - 1)])
+        longest, ratio = max(dataset.episodes, key=lambda e: e.info["n"]), ""
+        if not longest.key:                                     # four clips of the longest video, and the same without seeking
+            seconds = []
+            for seek in (True, False):
+                began = time.time()
+                for share in (0.2, 0.4, 0.6, 0.8):
+                    read_video(longest.file, longest.info, int(share * (longest.info["n"] - frames)) + np.arange(frames), seek)
+                seconds.append(time.time() - began)
+            ratio = f"x{seconds[1] / seconds[0]:.1f}"
         hours = sum(e.n / e.info["fps"] for e in dataset.episodes) / 3600
         print(f"{name:16} {dataset.kind:8} {len(dataset.episodes):8} {sum(e.n for e in dataset.episodes):9} {hours:7.3f} {pixels:>16} "
-              f"{spread([round(e.info['fps'], 2) for e in dataset.episodes]):>9} {spread([e.dims for e in dataset.episodes]):>8} {len(dataset.skipped):8} {speed:8.1f}")
+              f"{spread([round(e.info['fps'], 2) for e in dataset.episodes]):>9} {spread([e.dims for e in dataset.episodes]):>8} {len(dataset.skipped):8} {speed:8.1f} {ratio:>8}")
 
 
 def main(argv):

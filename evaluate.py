@@ -139,7 +139,7 @@ def probe(z, actions, z_test, actions_test, steps=1000, batch=512, seed=0):
 
     Returns:
         dict: `l1`, test loss of the probe; `l1_constant`, that of the constant predictor; `r2`, variance explained on
-        test data by the least-squares probe, mean over action dimensions.
+        test data by the least-squares probe, mean over the action dimensions that vary there.
     """
     g = torch.Generator().manual_seed(seed)
     linear = torch.nn.Linear(z.shape[1], actions.shape[1])
@@ -155,10 +155,11 @@ def probe(z, actions, z_test, actions_test, steps=1000, batch=512, seed=0):
     ones = lambda x: torch.cat([x, torch.ones(len(x), 1)], 1).double()
     # few codes: the features are rank deficient but for rounding, which rcond keeps from being fitted
     fit = torch.linalg.lstsq(ones(z / scale), actions.double(), rcond=1e-4, driver="gelsd").solution
-    residual = (ones(z_test / scale) @ fit - actions_test).pow(2).mean(0)
+    residual, var = (ones(z_test / scale) @ fit - actions_test).pow(2).mean(0), actions_test.double().var(0)
+    explained = (1 - residual / var)[var > 1e-12]
     return {"l1": (linear(z_test / scale) - actions_test).abs().mean().item(),
             "l1_constant": (actions_test - actions.median(0).values).abs().mean().item(),
-            "r2": (1 - residual / actions_test.double().var(0)).mean().item()}
+            "r2": explained.mean().item() if len(explained) else 0.0}
 
 
 @torch.no_grad()
@@ -470,19 +471,21 @@ def compare(a, b):
 
 
 def adapted(args, config):
-    """Folder of the run adapted from --ckpt to --adapt_data; made by train.py if there is none."""
+    """Folder of the run adapted from --ckpt to --adapt_data; made by train.py if there is none, or gone on with if it was stopped."""
     out = os.path.normpath(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt))
     name = f"{os.path.basename(out)}-{parse_source(args.adapt_data)[0]}"
     target = os.path.join(os.path.dirname(out), name)
-    if not os.path.exists(os.path.join(target, "ckpt.pt")):
-        skip = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam", "dry_run", "batch", "eval_clips",
-                "eval_transitions")
-        flags = [f"--{k}={v}" for k, v in config.items() if k not in skip]
-        print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} --name {name}", flush=True)
+    log, flags = os.path.join(target, "metrics.jsonl"), [f"--resume={target}"]
+    if not os.path.exists(log) or '"event": "result"' not in open(log).read():
+        if not os.path.exists(os.path.join(target, "ckpt.pt")):
+            skip = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam", "dry_run", "batch")
+            flags = [f"--{k}={v}" for k, v in (config | {"eval_clips": 1, "eval_transitions": 64}).items() if k not in skip]
+            flags += ["--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"]
+        print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} --data {args.adapt_data} --name {name}", flush=True)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        done = subprocess.run([sys.executable, script, *flags, "--mode=adapt", "--eval_clips=1", "--eval_transitions=64", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"],
-                              cwd=os.path.dirname(os.path.dirname(os.path.abspath(out))), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=alone)
+        done = subprocess.run([sys.executable, script, *flags], cwd=os.path.dirname(os.path.dirname(os.path.abspath(out))),
+                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=alone)
         if done.returncode:
             raise ValueError(f"adaptation failed: {done.stderr.strip().splitlines()[-1]}")
     return target
@@ -525,9 +528,10 @@ def main(argv):
     config, world = state["config"], restore(state, args.vae_weights).to(device).eval()
     known = config["data"] in TOY
     names = args.data or (list(toy.EMBODIMENTS) if known else sources(config["data"]))
-    args.adapt_data = args.adapt_data or (config["data"] if world.adapter or not known else "held-out")
     open_clips = lambda name, split: clips(name, config["size"], config["eval_frames"], config["seed"], split)
     heldout = {name: open_clips(name, "heldout") for name in names}
+    labelled = [name for name in names if heldout[name].labelled]
+    args.adapt_data = args.adapt_data or (config["data"] if world.adapter or not labelled else "held-out" if known else labelled[0])
     wants = lambda task: args.task in (task, "all")
     measures, features, why = optional(args, config["size"], config["eval_frames"], device)
     if args.clips < 64 and rank == 0 and (wants("predict") or wants("adapt")):
@@ -544,7 +548,7 @@ def main(argv):
             table(task, rows)
 
     if wants("probe") and rank == 0:
-        rows = {name: probe_rows(world, open_clips(name, "train"), data, args) for name, data in heldout.items() if data.labelled}
+        rows = {parse_source(name)[0]: probe_rows(world, open_clips(name, "train"), heldout[name], args) for name in labelled}
         if rows:
             show("probe", rows)
         else:
@@ -554,7 +558,7 @@ def main(argv):
         rows = {}
         for name, data in heldout.items():
             made, videos = predict_rows(world, data, variants, args, measures, features, rank, ranks)
-            rows |= {f"{name} {v}": row for v, row in made.items()}
+            rows |= {f"{parse_source(name)[0]} {v}": row for v, row in made.items()}
             if videos and rank == 0:
                 save_gif(os.path.join(pictures, f"predict-{parse_source(name)[0]}.gif"), videos)
         show("predict", rows)
@@ -564,7 +568,7 @@ def main(argv):
     if wants("codebook") and rank == 0:
         count = lambda data, n: infer(world, data, -(-n // (data.frames - 1)))["indices"].flatten(0, 1)
         usage["training"] = count(clips(config["data"], config["size"], config["eval_frames"], config["seed"]), args.transitions // 10)
-        usage |= {f"inferred, {name}": count(data, args.transitions // 10) for name, data in heldout.items()}
+        usage |= {f"inferred, {parse_source(name)[0]}": count(data, args.transitions // 10) for name, data in heldout.items()}
     if wants("adapt") or (wants("codebook") and world.adapter):
         if world.adapter:
             tuned, data = world, open_clips(args.adapt_data, "heldout")
@@ -581,7 +585,7 @@ def main(argv):
         found = infer(tuned, data, -(-args.transitions // 10 // (data.frames - 1)))
         with torch.no_grad():
             guess = tuned.adapter(found["actions"].to(device)).argmax(-1).cpu()
-        usage["adapter, " + args.adapt_data] = guess.flatten(0, 1)
+        usage["adapter, " + parse_source(args.adapt_data)[0]] = guess.flatten(0, 1)
         if wants("adapt"):
             rows, _ = predict_rows(tuned, data, ["inferred", "adapted", "copy"], args, measures, features, rank, ranks)
             rows["adapted"] |= {"code_accuracy": [(guess == found["indices"]).float().mean().item()]}
