@@ -63,14 +63,16 @@ def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False,
     r = time_ratio(shift, h * w * dit.cfg.pixel_stride ** 2, past + l)
     times = shift_time(1 - torch.arange(steps + 1, device=x.device) / steps, r).clamp(max=1)   # rounding may exceed 1
     noised = (torch.arange(l, device=x.device) >= context).float()              # (l,)
-    null = None
-    if actions is not None and guidance != 1:
+    guided = actions is not None and guidance != 1
+    if guided:                                  # both branches are one batch and share the cache
         null = actions.clone()
         null[:, max(past + context - 1, 0):] = 0
+        actions, fps = torch.cat([actions, null]), fps if fps is None else fps.repeat(2)
+    n = 2 * b if guided else b
     for t, t_next in zip(times[:-1], times[1:]):
-        v = dit(x, (t * noised).expand(b, l), actions, fps, cache)
-        if null is not None:
-            v_null = dit(x, (t * noised).expand(b, l), null, fps, cache)
+        v = dit(x.repeat(n // b, 1, 1, 1, 1), (t * noised).expand(n, l), actions, fps, cache)
+        if guided:
+            v, v_null = v.chunk(2)
             v = v_null + guidance * (v - v_null)
         x = x + (t - t_next) * noised[:, None, None] * v
     return x
@@ -176,7 +178,8 @@ class World(nn.Module):
         """Dream frame by frame: each latent frame is denoised given the clean past, then joins it.
 
         Args:
-            frames: (b, 3, t0, h, w) in [-1, 1], the true past; (1, 3, t0, h, w) if all share it.
+            frames: (b, 3, t0, h, w) in [-1, 1], the true past; (1, 3, t0, h, w) if all share it, and the actions inside it: then it goes
+                through VAE and DiT once.
             actions: (b, t-1, k, d) latent actions of all transitions, those inside `frames` included.
             steps, guidance: sampling settings; None: the world's own.
             draw: source of the noise; None: unseeded.
@@ -188,17 +191,19 @@ class World(nn.Module):
         steps = self.cfg.sampling_steps if steps is None else steps
         guidance = self.cfg.guidance if guidance is None else guidance
         actions, latents = self.pack(actions), self.vae.encode(frames)
-        latents = latents.expand(len(actions), -1, -1, -1, -1)
+        known, latents = len(frames), latents.expand(len(actions), -1, -1, -1, -1)
         b, c, l0, h, w = latents.shape
         window, cache = self.cfg.window or actions.shape[1], None
+        fps = torch.full((b,), 24.0, device=frames.device) if fps is None else fps
         for j in range(l0, actions.shape[1] + 1):
             # the clean past goes through the DiT once; beyond the window it slides, and starts over as a shorter clip
             if cache is None or cache.frames == window:
                 first, cache, past = max(0, j - window), KVCache(), latents[:, :, max(0, j - window):]
             else:
                 past = latents[:, :, -1:]
+            n = known if j == l0 else b         # only what all share is there at first
             cache.append = True
-            self.dit(past, past.new_zeros(b, past.shape[2]), actions[:, first:j - 1], fps, cache)
+            self.dit(past[:n], past.new_zeros(n, past.shape[2]), actions[:n, first:j - 1], fps[:n], cache)
             cache.append = False
             x = sample(self.dit, draw(torch.randn, b, c, 1, h, w), 0, actions[:, first:j], steps, guidance,
                        self.cfg.time_shift, fps, cache)

@@ -74,7 +74,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d, d)
 
     def forward(self, x, past=None):
-        """x: (b, s, d); past: (k, v) of earlier positions, each (b, n, p, e). Returns (b, s, d) and all (k, v)."""
+        """x: (b, s, d); past: (k, v) of earlier positions, each (b, n, p, e), or of fewer rows that x repeats: row i goes on from row
+        i modulo their number. Returns (b, s, d) and all (k, v)."""
         q, k, v = rearrange(self.qkv(x), "b s (three n e) -> three b n s e", three=3, n=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         start = 0 if past is None else past[0].shape[2]
@@ -82,7 +83,9 @@ class Attention(nn.Module):
             q, k = rope(q, start), rope(k, start)
         mask = None
         if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            rows = len(past[0])
+            k, v = (torch.cat([old.expand(len(x) // rows, *old.shape), new.unflatten(0, (-1, rows))], 3).flatten(0, 1)
+                    for old, new in zip(past, (k, v)))
             if self.causal:
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(start)
         # on a CPU the fused kernel is slow for the few frames of a toy clip

@@ -227,17 +227,38 @@ def test_guidance_one_is_the_plain_model_and_zero_is_the_null_action():
     assert not torch.allclose(go(a, 4.0), go(a, 1.0), atol=1e-3)
 
 
+def strided_world():
+    """As `small_world`, on the latents of a VAE with a temporal stride of 4."""
+    vae = load_opensora_vae(VAE)
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(16, 2, 2, vae.channels, 1, 2 * vae.channels, 8, action_dim=32, action_depth=1))
+    return awake(World(small_world().lam, dit, vae, FlowConfig("8")))
+
+
+@pytest.mark.parametrize("make, t, size", [(small_world, 7, 8), (strided_world, 17, 32)])
+@pytest.mark.parametrize("guidance", (1.0, 2.0))
 @torch.no_grad()
-def test_rollout_equals_sampling_each_frame_on_the_whole_past():
+def test_cached_rollout_equals_the_plain_one_at_every_history_length(make, t, size, guidance):
+    world, x, r = make(), video(3, t, size), 1 if size == 8 else 4
+    z, fps = world.lam.encode(x)[0], torch.tensor([5.0, 10.0, 30.0])
+    a = world.pack(z)
+    for known in range(1, t, r):                                                # true frames
+        dream = world.rollout(x[:, :, :known], z, 3, guidance, fps, Draw(5))
+        draw, past = Draw(5), world.vae.encode(x[:, :, :known])
+        for j in range(past.shape[2], a.shape[1] + 1):                          # no cache: the whole past goes through the DiT at each step
+            now = torch.cat([past, draw(torch.randn, 3, *past.shape[1:2], 1, *past.shape[3:])], 2)
+            past = sample(world.dit, now, j, a[:, :j], 3, guidance, world.cfg.time_shift, fps)
+        assert torch.allclose(dream, world.vae.decode(past, t).clamp(-1, 1), atol=1e-4)
+        # candidates that share their past, which goes through VAE and DiT once
+        mine = torch.cat([z[:1, :known - 1].expand(3, -1, -1, -1), z[:, known - 1:]], 1)
+        shared, own = (world.rollout(first, mine, 3, guidance, None, Draw(5)) for first in (x[:1, :, :known], x[:1, :, :known].expand(3, -1, -1, -1, -1)))
+        assert torch.allclose(shared, own, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_window_sees_only_the_last_frames():
     world, x = small_world(), video()
     z = world.lam.encode(x)[0]
-    dream = world.rollout(x[:, :, :2], z, steps=3, guidance=2.0, draw=Draw(5))
-    assert dream.shape == x.shape and torch.equal(dream[:, :, :2], x[:, :, :2])
-    draw, past, a = Draw(5), x[:, :, :2], world.pack(z)
-    for j in range(2, 6):
-        now = torch.cat([past, draw(torch.randn, 2, 3, 1, 8, 8)], 2)
-        past = sample(world.dit, now, j, a[:, :j], 3, 2.0, world.cfg.time_shift)
-    assert torch.allclose(dream, past.clamp(-1, 1), atol=1e-4)
     world.cfg.window = 2                                                        # a window sees only the last two frames
     late = world.rollout(x[:, :, :4], z, steps=3, draw=Draw(5))
     other = world.rollout(torch.cat([video(seed=3)[:, :, :2], x[:, :, 2:4]], 2), z, steps=3, draw=Draw(5))
@@ -1422,11 +1443,7 @@ def test_wilson_interval():
 @pytest.mark.parametrize("stride, context", [(1, 2), (4, 6)])
 def test_dreams_of_candidates_are_rollouts_of_their_latent_actions(stride, context):
     """Equal candidates are dreamed once, the horizon is rounded up to whole latent frames, and only it is returned."""
-    world = small_world()
-    if stride == 4:
-        torch.manual_seed(0)
-        vae = load_opensora_vae(VAE)
-        world = awake(World(world.lam, DiT(DiTConfig(16, 2, 2, vae.channels, 1, 2 * vae.channels, 8, action_dim=32, action_depth=1)), vae, FlowConfig("8")))
+    world = small_world() if stride == 1 else strided_world()
     world.adapter = Adapter(3, world.lam.cfg)
     size = 8 if stride == 1 else 32
     frames = np.random.default_rng(0).integers(0, 255, (7, size, size, 3), np.uint8)
