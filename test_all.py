@@ -1553,3 +1553,16 @@ def test_robodesk_that_cannot_be_used_says_why(monkeypatch):
     monkeypatch.setattr(desk.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(desk.DeskError, match="pip install robodesk==1.0.0"):
         desk.Desk()
+
+
+# speed ----------------------------------------------------------------------------------------------------------------
+
+
+def test_bench_measures_what_it_says(tmp_path):
+    done = run("bench.py", "--set", "hidden=16", "depth=1", "heads=2", "action_depth=1", "lam_width=16", "lam_depth=1", "--batch", 2, "--json", "b.json", cwd=tmp_path)
+    numbers = json.load(open(tmp_path / "b.json"))
+    assert {"train_share_of_matmul", "rollout_cached_speedup", "frame16_over_frame2", "plan_shared_speedup", "decode_seek_speedup", "peak_memory_gb",
+            "device"} <= set(numbers)
+    assert 0 < numbers["train_share_of_matmul"] < 1.2 and numbers["decode_seek_speedup"] > 2 and numbers["plan_shared_speedup"] > 5
+    assert 0.05 < numbers["peak_memory_gb"] < 8 and "one by one" in done.stdout
+    assert "choose from" in complaint(run("bench.py", "--preset", "huge", cwd=tmp_path, ok=False), "bench.py")

@@ -462,7 +462,7 @@ def main(argv):
         kept = f"the last checkpoint, of step {saved[0]}, is {saved[1]}" if saved else "no checkpoint was written yet"
         stop(f"{why} at step {step}; {kept}", status)
 
-    optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda or None)
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
     if state:
         optimizer.load_state_dict(state["optimizer"])
