@@ -428,8 +428,10 @@ def save_results(out, ckpt, step, tables, protocol, more={}):
         with open(file) as f:
             old = json.load(f)
         results = old if old["step"] == step else results
-    results["tables"] |= tables
-    results["protocol"] |= dict.fromkeys(tables, protocol)
+    protocol = json.loads(json.dumps(protocol))
+    for task, rows in tables.items():                           # and other rows that were measured alike
+        alike = results["tables"].get(task, {}) if results["protocol"].get(task) == protocol else {}
+        results["tables"][task], results["protocol"][task] = alike | rows, protocol
     with open(file + ".part", "w") as f:
         json.dump(results | more, f, indent=1)
     os.replace(file + ".part", file)

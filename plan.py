@@ -208,6 +208,7 @@ def wilson(rate, n, z=1.96):
 # the command line -----------------------------------------------------------------------------------------------------
 
 
+DEFAULT_GOALS = os.path.join("out", "goals")
 DEFAULTS = {
     "toy": dict(tasks=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0, context=1, std=[1.2], elites=0.2,
                 sampling_steps=2, size=16),
@@ -239,9 +240,6 @@ def problems(args, task, robot, size):
             return world
         return make
     return [(maker(i), goal[i:i + 1], images[i]) for i in range(len(images))]
-
-
-DEFAULT_GOALS = os.path.join("out", "goals")
 
 
 def parse(argv):
@@ -318,6 +316,8 @@ def main(argv):
             raise ValueError(f"{args.ckpt}: is adapted to the {world.adapter.action_dim}-dimensional actions of {state['config']['data']}, not to {args.env}")
     classifier = None
     if args.classifier:
+        if size != 64:
+            raise ValueError(f"--classifier {args.classifier}: VP2's classifier sees 64 x 64 pixels, this world dreams {size} x {size}")
         classifier = Classifier().to(device).eval()
         try:
             classifier.load_state_dict(torch.load(args.classifier, device, weights_only=True))
@@ -351,9 +351,9 @@ def main(argv):
             row["seconds a plan"] = [float(np.mean(row["seconds a plan"]))]
             row["low"], row["high"] = ([x] for x in wilson(np.mean(row["success"]), len(pairs)))
             row["pairs"], row["samples"] = [len(pairs)], [settings.samples]
+            save_results(out, args.ckpt, step, {"plan": rows}, protocol)
     table("plan", rows)
     print(", ".join(f"{k} {v}" for k, v in protocol.items()) + f"; {(time.time() - began) / 60:.1f} minutes")
-    save_results(out, args.ckpt, step, {"plan": rows}, protocol)
 
 
 if __name__ == "__main__":

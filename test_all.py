@@ -1486,7 +1486,8 @@ def test_planning_with_a_world_from_the_command_line(planner, judged):
     (["--ckpt", "out/r-held-out", "--env", "robodesk"], "not to robodesk"), (["--ckpt", "nowhere"], "no checkpoint"),
     (["--random", "--env", "robodesk", "--task", "push_red", "--goals", "nowhere"], "no goal of the task push_red"),
     (["--oracle", "--replan", "9"], "only --horizon 5"), (["--oracle", "--classifier", "x"], "it knows one task"),
-    (["--oracle", "--task", "reach", "--classifier", "out/r/config.json"], "not VP2's classifier"), (["--oracle", "--samples", "0"], "at least 1"),
+    (["--oracle", "--task", "reach", "--classifier", "out/r/config.json"], "sees 64 x 64 pixels"),
+    (["--random", "--env", "robodesk", "--task", "push_red", "--classifier", "out/r/config.json"], "not VP2's classifier"), (["--oracle", "--samples", "0"], "at least 1"),
 ])
 def test_bad_plans_get_one_line(args, words, judged):
     assert words in complaint(run("plan.py", *args, cwd=judged[0], ok=False), "plan.py")
