@@ -93,10 +93,10 @@ def inspect_video(file):
     """Decode a video once: frame count `n`, `fps`, `pts` of its frames ([first, step] where regular), their unit `base`, `hw`,
     and the shape of the `actions` beside it"""
     pts = []
-    with av.open(file) as container:
+    with av.open(os.path.abspath(file)) as container:
         if not container.streams.video:
             raise DataError("no video stream")
-        stream = container.streams.video[0]
+        stream = container.streams.best("video")
         h, w = stream.height, stream.width
         if not 0 < h * w <= 2 ** 26:
             raise DataError(f"frames of {w}x{h} pixels")
@@ -120,23 +120,25 @@ def frame_times(info):
     return info["pts"][0] + info["pts"][1] * np.arange(info["n"]) if info["regular"] else np.asarray(info["pts"])
 
 
-def read_video(file, info, wanted, seek=True):
-    """Some frames, given by increasing numbers, as RGB arrays: seeks to the key frame before, or decodes from the start where that fails."""
+def read_video(file, info, wanted, seek=True, fit=np.asarray):
+    """Some frames, given by increasing numbers, as RGB arrays that went through `fit`: seeks to the key frame before, or decodes from
+    the start where that fails."""
     pts = frame_times(info)[wanted].tolist()
+    missing = set(pts)
     seek &= wanted[0] > 0 and not file.lower().endswith(".gif")                 # a GIF's frames build on each other
     for seeks in [True, False] if seek else [False]:
         found = {}
-        with av.open(file) as container:
-            stream = container.streams.video[0]
+        with av.open(os.path.abspath(file)) as container:
+            stream = container.streams.best("video")
             if seeks:
                 container.seek(pts[0], stream=stream)
             with contextlib.suppress(av.FFmpegError if seeks else ()):
                 for frame in container.decode(stream):
-                    if frame.pts in pts and not frame.is_corrupt:
-                        found[frame.pts] = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+                    if frame.pts in missing and not frame.is_corrupt:
+                        found[frame.pts] = fit(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
                     if frame.pts is None or frame.pts >= pts[-1]:
                         break
-        if len(found) == len(set(pts)):
+        if len(found) == len(missing):
             return [found[p] for p in pts]
     raise DataError(f"{file}: does not decode as it did when it was indexed")
 
@@ -145,11 +147,13 @@ def inspect_hdf5(file):
     """The demonstrations in a robomimic file: {name: {cameras: {key: n}, actions: [rows, dims], hw, fps}}, and its own splits"""
     h5py = optional("h5py")
     with h5py.File(file) as f:
-        demos, env = {}, f["data"].attrs.get("env_args")
-        fps = json.loads(env).get("env_kwargs", {}).get("control_freq", 24) if env else 24      # 24 where unknown
+        demos, fps = {}, 24.0                   # where unknown
+        with contextlib.suppress(Exception):    # many writers, many forms
+            fps = float(json.loads(f["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
+        fps = fps if 0 < fps < float("inf") else 24.0
         for name in sorted(f["data"], key=lambda k: (len(k), k)):
             demo = f["data"][name]
-            cameras = {k: v.shape for k, v in demo["obs"].items() if v.ndim == 4 and v.dtype == np.uint8 and v.shape[-1] == 3}
+            cameras = {k: v.shape for k, v in demo["obs"].items() if getattr(v, "ndim", 0) == 4 and v.dtype == np.uint8 and v.shape[-1] == 3 and len(v)}
             for key, shape in cameras.items():
                 demo["obs"][key][0], demo["obs"][key][shape[0] - 1]             # can be read
             actions = demo["actions"].shape if "actions" in demo else None
@@ -177,7 +181,7 @@ def read_side(file):
     if file.endswith(".json"):
         with open(file) as f:
             actions = json.load(f)
-        actions = actions["actions"] if isinstance(actions, dict) else actions
+        actions = actions.get("actions", ()) if isinstance(actions, dict) else actions
     else:
         actions = np.load(file)
         actions = actions["actions"] if file.endswith(".npz") else actions
@@ -187,26 +191,36 @@ def read_side(file):
     return actions
 
 
+def files_in(path):
+    """Files in a folder and its subfolders, links followed once; nothing hidden."""
+    seen = {os.path.realpath(path)}
+    for folder, inner, names in os.walk(path, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not name.startswith(".")}
+        inner[:] = [name for name in sorted(real) if real[name] not in seen]
+        seen |= set(real.values())
+        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+
+
 def index(root, files, inspect):
     """{file: what `inspect` says, or {"error": why it cannot}}, kept beside the source (or in `out`, where that cannot be written)
     and renewed for files whose size or time of change differs; other processes wait for the one that makes it."""
-    folder = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
+    folder = base = os.path.abspath(root) if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
     name = f".cola-index-{inspect.__name__}.json"
     if not os.access(folder, os.W_OK):
-        folder, name = "out", f"{name}-{hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:12]}"
+        folder, name = "out", f"{name}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
         os.makedirs(folder, exist_ok=True)
     path, lock = os.path.join(folder, name), os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             with open(path) as f:
-                known = json.load(f)
-        except (OSError, ValueError):
+                known = {k: v for k, v in json.load(f).items() if "stamp" in v}
+        except (OSError, ValueError, AttributeError, TypeError):
             known = {}
 
         def stamp(file):
             side = side_file(file)
-            return [[s.st_size, s.st_mtime_ns] for s in map(os.stat, [file] + [side] * bool(side))]
+            return [[s.st_size, s.st_mtime_ns] for s in map(os.stat, filter(os.path.exists, [file] + [side] * bool(side)))]
 
         def look(file):
             try:
@@ -216,7 +230,7 @@ def index(root, files, inspect):
             except Exception as error:                          # whatever the reader raises on a bad file
                 return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
 
-        keys = {file: os.path.relpath(file, root) for file in files}
+        keys = {file: os.path.relpath(file, base) for file in files}
         stamps = {file: stamp(file) for file in files}
         fresh = [file for file in files if known.get(keys[file], {}).get("stamp") != stamps[file]]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -275,7 +289,7 @@ class Episodes(Dataset):
         self.flip, self.merge, self.camera, self.part = (options.get(k) for k in ("flip", "actions", "camera", "split"))
         try:
             self.rate, self.stride = float(options.get("fps", 0)), int(options.get("stride", 1))
-            assert self.rate >= 0 and self.stride >= 1 and not ("fps" in options and "stride" in options)
+            assert (self.rate > 0 or "fps" not in options) and self.stride >= 1 and not {"fps", "stride"} <= set(options)
         except (ValueError, AssertionError):
             raise DataError(f"--data {path}: @fps takes a number above 0, @stride a whole one; only one of them") from None
         for k, choices in (("flip", ("vertical", "horizontal", "180")), ("actions", ("sum", "last"))):
@@ -283,13 +297,15 @@ class Episodes(Dataset):
                 raise DataError(f"--data {path}: @{k}={options[k]}: choose from {', '.join(choices)}")
         if not os.path.exists(path):
             raise DataError(f"--data {path}: no such file or folder")
-        inside = lambda *ends: sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True) if f.lower().endswith(ends))
+        inside = lambda *ends: sorted(f for f in files_in(path) if f.lower().endswith(ends))
         self.skipped = {}
         if os.path.isfile(os.path.join(path, "meta", "info.json")):
             self.kind, episodes = "LeRobot", self.lerobot()
         elif path.lower().endswith(HDF5_ENDINGS) or not os.path.isfile(path) and inside(*HDF5_ENDINGS):
             self.kind, episodes = "HDF5", self.hdf5([path] if os.path.isfile(path) else inside(*HDF5_ENDINGS))
         else:
+            if self.part or self.camera:
+                raise DataError(f"--data {path}: plain videos have no @split and no @camera")
             files = [path] if os.path.isfile(path) else inside(*VIDEO_ENDINGS)
             if not files:
                 raise DataError(f"--data {path}: no video ({' '.join(VIDEO_ENDINGS)}), HDF5 or LeRobot data in this folder")
@@ -309,13 +325,13 @@ class Episodes(Dataset):
             if counts[-1] < 1:
                 self.skipped[f"{e.file}{':' + e.key if e.key else ''}"] = f"{e.high - e.low} frames{' for this half' * (e.high - e.low < e.n)}, too short for a clip"
         self.episodes = [e for e, c in zip(episodes, counts) if c > 0]
-        if self.skipped and split == "train" and path not in TOLD and os.environ.get("LOCAL_RANK", "0") == "0":
-            TOLD.add(path)
-            some = "; ".join(f"{k} ({v})" for k, v in list(self.skipped.items())[:5])
-            print(f"data: {path}: skips {len(self.skipped)} of {every}: {some}{'; ...' if len(self.skipped) > 5 else ''}", file=sys.stderr)
         if not self.episodes:
-            why = f": {next(iter(self.skipped))} has {next(iter(self.skipped.values()))}" if self.skipped else ""
+            why = "".join(f": {k}: {v}" for k, v in list(self.skipped.items())[:1])
             raise DataError(f"--data {path}: no {split} clip of {frames} frames{why}")
+        if self.skipped and split != "heldout" and path not in TOLD and os.environ.get("LOCAL_RANK", "0") == "0":
+            TOLD.add(path)
+            some = "; ".join(f"{k}: {v}" for k, v in list(self.skipped.items())[:5])
+            print(f"data: {path}: skips {len(self.skipped)} of {every}: {some}{'; ...' if len(self.skipped) > 5 else ''}", file=sys.stderr)
         self.ends = np.cumsum([c for c in counts if c > 0])
         self.light = sum(e.n for e in self.episodes) * size * size * 3 < MEMORY // 4
         dims = {e.dims for e in self.episodes}
@@ -342,10 +358,13 @@ class Episodes(Dataset):
             for name, demo in found["demos"].items():
                 if self.part and name not in found["splits"][self.part]:
                     continue
+                if not demo["cameras"]:
+                    self.skipped[f"{file}:{name}"] = "no uint8 images (n, h, w, 3) under obs"
+                    continue
                 camera = self.choose(demo["cameras"])
                 n, rows = demo["cameras"][camera], demo["actions"]
-                if n < 1 or rows and (len(rows) != 2 or rows[0] not in (n - 1, n)):
-                    self.skipped[f"{file}:{name}"] = f"{rows[0] if rows else 0} actions beside {n} frames"
+                if rows and (len(rows) != 2 or rows[0] not in (n - 1, n)):
+                    self.skipped[f"{file}:{name}"] = f"actions of shape {tuple(rows)} beside {n} frames"
                     continue
                 info = {"n": n, "fps": demo["fps"], "pts": [0, 1], "regular": True, "base": 1 / demo["fps"], "hw": demo["hw"]}
                 episodes.append(Episode(file, info, 0, n, rows[1] if rows else 0, (file, f"data/{name}/actions"), f"data/{name}/obs/{camera}"))
@@ -356,7 +375,9 @@ class Episodes(Dataset):
         try:
             with open(os.path.join(meta, "info.json")) as f:
                 info = json.load(f)
-            old = info["codebase_version"].startswith("v2")
+            old, rate = info["codebase_version"].startswith("v2"), float(info["fps"])
+            if not rate > 0:
+                raise ValueError("fps is not above 0")
             if not old and not info["codebase_version"].startswith("v3"):
                 raise DataError(f"--data {self.path}: LeRobot {info['codebase_version']}; v2.x and v3.0 can be read")
             camera = self.choose([k for k, f in info["features"].items() if f["dtype"] == "video"])
@@ -368,7 +389,7 @@ class Episodes(Dataset):
                     for row in map(json.loads, f):
                         e = row["episode_index"]
                         names = dict(episode_index=e, episode_chunk=e // info.get("chunks_size", 1000))
-                        rows.append((e, row["length"], 0.0, place("data_path", **names), place("video_path", **names)))
+                        rows.append((e, int(row["length"]), 0.0, place("data_path", **names), place("video_path", **names)))
             else:
                 for file in glob.glob(os.path.join(glob.escape(meta), "episodes", "**", "*.parquet"), recursive=True):
                     video = f"videos/{camera}/"
@@ -392,14 +413,16 @@ class Episodes(Dataset):
             if "error" not in file:
                 times = (frame_times(file) - frame_times(file)[0]) * file["base"]
                 first = int(np.abs(times - at).argmin())
-                if abs(times[first] - at) > 0.5 / info["fps"] or first + n > file["n"] or old and n != file["n"]:
+                if abs(times[first] - at) > 0.5 / rate or first + n > file["n"] or old and n != file["n"]:
                     file = {"error": f"its {file['n']} frames are not those of episode {e}"}
+                elif file["n"] > 1 and abs(file["fps"] / rate - 1) > 0.1:
+                    file = {"error": f"has {file['fps']:g} frames a second, info.json says {rate:g}"}
                 elif dims and not os.path.exists(table):
                     file = {"error": f"{table} is missing"}
             if "error" in file:
                 self.skipped[f"{video}:{e}"] = file["error"]
             else:
-                episodes.append(Episode(video, file | {"fps": info["fps"]}, first, n, dims, (table, e)))
+                episodes.append(Episode(video, file | {"fps": rate}, first, n, dims, (table, e)))
         return episodes
 
     def choose(self, cameras):
@@ -432,18 +455,15 @@ class Episodes(Dataset):
         actions = None
         if self.labelled:                                       # action t leads from frame t to t+1
             every = self.read_actions(e)
-            parts = [every[a:b] for a, b in zip(wanted[:-1], wanted[1:])]
-            actions = np.stack([part[-1] if self.merge == "last" else part.sum(0) for part in parts])
+            actions = np.stack([every[max(b - 1, 0)] if self.merge == "last" else every[a:b].sum(0) for a, b in zip(wanted[:-1], wanted[1:])])
         return images, actions
 
     def read_frames(self, e, wanted):
         """Some frames of an episode, by increasing numbers: uint8 (t, size, size, 3)"""
-        if e.key:
-            with optional("h5py").File(e.file) as f:
-                images = f[e.key][wanted[0]:wanted[-1] + 1][wanted - wanted[0]]
-        else:
-            images = read_video(e.file, e.info, e.first + wanted)
-        return np.stack([self.fit(image) for image in images])
+        if not e.key:
+            return np.stack(read_video(e.file, e.info, e.first + wanted, fit=self.fit))
+        with optional("h5py").File(e.file) as f:
+            return np.stack([self.fit(f[e.key][i]) for i in wanted])
 
     def read_actions(self, e):
         """(n or n-1, a) float32 of an episode"""
@@ -456,8 +476,8 @@ class Episodes(Dataset):
         else:
             table = optional("pyarrow.parquet").read_table(file, columns=["action"], filters=[("episode_index", "=", key)], use_threads=False)
             actions = np.asarray(table["action"].to_pylist(), np.float32).reshape(len(table), -1)
-        if len(actions) not in (e.n - 1, e.n) or actions.shape[1] != e.dims:
-            raise DataError(f"{file}: actions {actions.shape} for the {e.n} frames of an episode")
+        if len(actions) not in (e.n - 1, e.n) or actions.shape[1:] != (e.dims,) or not np.isfinite(actions).all():
+            raise DataError(f"{file}: actions {actions.shape} for the {e.n} frames of an episode, or not all of them finite")
         return actions
 
     def fit(self, image):
@@ -522,8 +542,11 @@ TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
 
 
 def sources(data):
-    """The sources that `--data` names, one text each."""
-    return [data] if os.path.exists(data) else shlex.split(data)
+    """The sources that `--data` names, one text each; a list is left as it is."""
+    try:
+        return data if isinstance(data, list) else [data] if os.path.exists(data) else shlex.split(data)
+    except ValueError as error:
+        raise DataError(f"--data {data}: {error}") from None
 
 
 def parse_source(text):
@@ -624,7 +647,7 @@ def stats(data, size, frames):
     print(f"{'source':16} {'kind':8} {'episodes':>8} {'frames':>9} {'hours':>7} {'pixels':>16} {'fps':>9} {'actions':>8} {'skipped':>8} {'clips/s':>8} {'seeking':>8}")
     for text in sources(data):
         name, path, options, _ = parse_source(text)
-        dataset = clips(text, size, frames) if path in TOY else Episodes(path, size, frames, split="all", options=options)
+        dataset = clips([text], size, frames) if path in TOY else Episodes(path, size, frames, split="all", options=options)
         began = time.time()
         dataset[range(16)]
         speed = 16 / (time.time() - began)
@@ -659,12 +682,16 @@ def main(argv):
     parser.add_argument("--peek", metavar="GIF", help="write what training will see")
     parser.add_argument("--stats", action="store_true", help="print what there is")
     args = parser.parse_args(argv)
-    data = args.data[0] if len(args.data) == 1 else shlex.join(args.data)
+    if args.frames < 2 or args.size < 1:
+        parser.error("--frames must be at least 2, --size at least 1")
+    if args.peek and not (args.peek.endswith(".gif") and os.path.isdir(os.path.dirname(args.peek) or ".")):
+        parser.error(f"--peek {args.peek}: takes the name of a .gif in a folder that is there")
+    data = shlex.join(args.data)
     if args.stats or not args.peek:
         stats(data, args.size, args.frames)
     if args.peek:
         dataset = clips(data, args.size, args.frames)
-        peek(args.peek, dataset, getattr(dataset, "names", None) or [parse_source(data)[0]])
+        peek(args.peek, dataset, getattr(dataset, "names", None) or [parse_source(args.data[0])[0]])
 
 
 if __name__ == "__main__":

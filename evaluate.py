@@ -530,7 +530,7 @@ def main(argv):
     config, world = state["config"], restore(state, args.vae_weights).to(device).eval()
     known = config["data"] in TOY
     names = args.data or (list(toy.EMBODIMENTS) if known else sources(config["data"]))
-    open_clips = lambda name, split: clips(name, config["size"], config["eval_frames"], config["seed"], split)
+    open_clips = lambda name, split: clips([name], config["size"], config["eval_frames"], config["seed"], split)
     heldout = {name: open_clips(name, "heldout") for name in names}
     labelled = [name for name in names if heldout[name].labelled]
     args.adapt_data = args.adapt_data or (config["data"] if world.adapter or not labelled else "held-out" if known else labelled[0])

@@ -680,10 +680,21 @@ def test_robomimic_hdf5_is_read(tmp_path):
     assert len(source.episodes) == 3 and source.labelled
     batch = source[range(10)]
     assert torch.equal(told(batch)[:, :-1] * 2, batch["actions"][..., 0]) and (batch["fps"] == 20).all()
+    spoiled = tmp_path / "spoiled"
+    spoiled.mkdir()
+    robomimic(spoiled / "a.hdf5", 6)
+    import h5py
+    with h5py.File(spoiled / "a.hdf5", "a") as f:
+        f["data/demo_1/actions"][3] = np.nan
+        del f["data/demo_2/obs/agentview_image"], f["data/demo_2/obs/wrist_image"]
+        f["data"].attrs["env_args"] = "null"
+    bad = Episodes(str(spoiled), 32, 4, split="all", options={"camera": "agentview_image"})
+    assert bad.labelled and "no uint8 images" in bad.skipped[f"{spoiled}/a.hdf5:demo_2"] and (bad[range(40)]["fps"] == 24).all()
+    assert bad.failed and bad[range(40)]["actions"].isfinite().all()
+    shutil.rmtree(spoiled)
     assert batch["video"].max() == 6 * told(batch).max()                        # exact: nothing is encoded
     assert len(Episodes(str(tmp_path), 32, 4, split="all", options={"camera": "agentview_image"}).episodes) == 4
     halves = np.concatenate([np.zeros((12, 16, 32, 3)), np.full((12, 16, 32, 3), 255)], 1).astype(np.uint8)
-    import h5py
     with h5py.File(tmp_path / "b.hdf5", "w") as f:
         f["data/demo_0/obs/image"] = halves
     up, down = (clips(f"{tmp_path}/b.hdf5{flip}", 32, 4)[[0]]["video"][0, 0] for flip in ("@flip=vertical", ""))
@@ -761,6 +772,25 @@ def test_index_is_made_once_and_renewed_for_changed_files(films, tmp_path, monke
     source = Episodes(str(folder), 8, 8)
     os.remove(source.episodes[0].file)
     assert source[range(20)]["video"].shape == (20, 8, 8, 8, 3) and len(source.failed) == 1
+
+
+def test_files_are_found_once_whatever_links_there_are(tmp_path):
+    (tmp_path / "my videos").mkdir()
+    write_film(tmp_path / "my videos/a@b.mp4", shades(20)), write_film(tmp_path / "my videos/c.mp4", shades(16))
+    for link, target in (("me", "."), ("up", ".."), ("gone.mp4", "nowhere"), ("d.mp4", "c.mp4")):
+        os.symlink(target, tmp_path / "my videos" / link)
+    source = Episodes(str(tmp_path / "my videos"), 8, 4, split="all")
+    assert sorted(e.n for e in source.episodes) == [16, 16, 20] and len(source.skipped) == 1
+    # two files of one folder, each a source of its own, of the same size and time
+    (a, b), times = (tmp_path / "my videos" / n for n in ("a@b.mp4", "c.mp4")), (10 ** 9, 10 ** 9)
+    os.truncate(b, a.stat().st_size), os.utime(a, times), os.utime(b, times)
+    assert [clips([str(f)], 8, 4, split="all").episodes[0].n for f in (a, b, a)] == [20, 16, 20]
+    assert clips([f"{tmp_path}/my videos@stride=2"], 8, 4)[[0]]["fps"] == 5
+    # a pause in the film: the same frame is the nearest twice, and the last action holds
+    write_film(tmp_path / "pause.mp4", shades(20), times=[10 * i + 60 * (i > 9) for i in range(20)])
+    np.save(tmp_path / "pause.npy", np.arange(19.0)[:, None])
+    batch = clips(f"{tmp_path}/pause.mp4@fps=5@actions=last", 8, 4, split="all")[range(30)]
+    assert torch.equal(batch["actions"][..., 0], told(batch)[:, 1:] - 1)
 
 
 def test_mixture_draws_by_weight_on_any_number_of_ranks(films, tmp_path):
@@ -1092,9 +1122,9 @@ def test_parts_of_a_batch_equal_the_whole(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (["--data", "/no/such/path"], "no such file"),
-    (["--data", "NOTVIDEO"], "not a video"),
-    (["--data", "SHORT", "--frames", "8"], "no clip of 8 frames"),
-    (["--data", "EMPTY"], "no video in this folder"),
+    (["--data", "NOTVIDEO"], "no train clip of 2 frames: "),
+    (["--data", "SHORT", "--frames", "8"], "no train clip of 8 frames"),
+    (["--data", "EMPTY"], "HDF5 or LeRobot data in this folder"),
     (["--no_such_flag", "1"], "unrecognized arguments"),
     (["--preset", "huge"], "choose from tiny"),
     (["--mode", "magic"], "choose from joint"),

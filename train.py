@@ -195,7 +195,7 @@ def parse(argv):
         parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=text, **switch)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if "data" in given:
-        given["data"] = given["data"][0] if len(given["data"]) == 1 else shlex.join(given["data"])
+        given["data"] = shlex.join(given["data"])
     for f in fields(Config):
         if f.name in given:
             try:
@@ -302,7 +302,7 @@ def open_data(cfg):
                      for frames, split in ((cfg.frames, "train"), (cfg.eval_frames, "heldout")))
     labelled = []
     for text in toy.MIXTURE if cfg.data == "toy" else sources(cfg.data):
-        both = [clips(text, cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")]
+        both = [clips([text], cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")]
         if both[0].labelled and both[1].labelled:
             labelled.append([parse_source(text)[0], *both])
     return data, heldout, labelled
