@@ -105,14 +105,14 @@ def frame_times(world, cfg, batch, device, autocast, history=16):
 
 
 @torch.no_grad()
-def planning(world, cfg, device, autocast, samples=200, horizon=10, alone=5):
+def planning(world, cfg, device, autocast, samples, horizon=10, alone=5):
     """Seconds to dream all candidates of a plan together, and one by one (of which a few are timed)"""
     world.adapter = Adapter(4, world.lam.cfg).to(device)
     frames, actions = np.random.default_rng(0).integers(0, 255, (1, cfg.size, cfg.size, 3), np.uint8), torch.randn(samples, horizon, 4, device=device)
     go = lambda a: plan.dream(world, frames, torch.zeros(0, 4, device=device), a, 0, 24, 1, 3, 1.0)
     with autocast:
-        together, single = seconds(lambda: go(actions), device, 2), seconds(lambda: [go(actions[i:i + 1]) for i in range(alone)], device, 2)
-    return together, single / alone * samples
+        together, single = seconds(lambda: go(actions), device, 2), seconds(lambda: [go(a) for a in actions[:alone].split(1)], device, 2)
+    return together, single / min(alone, samples) * samples
 
 
 def decoding(frames=3000, h=144, w=256, clip=8, draws=8):
@@ -140,19 +140,21 @@ def main(argv):
     parser.add_argument("--preset", nargs="+", default=["tiny"], choices=train.PRESETS)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py over the preset, such as hidden=384")
     parser.add_argument("--batch", type=int, help="clips a training step (the preset's)")
+    parser.add_argument("--samples", type=int, default=200, help="candidates of a plan")
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT in training")
     parser.add_argument("--json", metavar="FILE", help="write the last preset's numbers there")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, autocast = (torch.bfloat16, torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else (torch.float32, nullcontext())
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    numbers, say = {}, tqdm.write
     bar = tqdm(total=2 + 3 * len(args.preset), dynamic_ncols=True, leave=False)
     rate = matmul_rate(device, dtype)
     bar.update()
     seek, start = decoding()
     bar.update()
-    lines, numbers = [f"device {name}; torch {torch.__version__}; {dtype} matrix product {rate / 1e9:.0f} GFLOP/s",
-                      f"decode: {seek:.1f} clips/s by seeking in two minutes of video, {start:.1f} from the start: x{seek / start:.1f}"], {}
+    say(f"device {name}; torch {torch.__version__}; {dtype} matrix product {rate / 1e9:.0f} GFLOP/s")
+    say(f"decode: {seek:.1f} clips/s by seeking in two minutes of video, {start:.1f} from the start: x{seek / start:.1f}")
     for preset in args.preset:
         cfg = train.parse([f"--preset={preset}", *(f"--{s}" for s in args.set), *(["--compile"] if args.compile else [])])
         world = build(cfg, {"dit_weights", "vae_weights"}).to(device)
@@ -171,17 +173,16 @@ def main(argv):
                    "rollout_seconds_a_frame": {n: {"cached": a, "plain": b} for n, (a, b) in frames.items()},
                    "rollout_cached_speedup": frames[16][1] / frames[16][0], "frame16_over_frame2": frames[16][0] / frames[2][0],
                    "decode_seek_speedup": seek / start, "decode_clips_per_second": seek, "peak_memory_gb": peak / 2 ** 30}
-        lines.append(f"{preset}: training {numbers['train_tokens_per_second']:.0f} tokens/s, {numbers['train_share_of_matmul']:.0%} of the matrix product's rate "
-                     f"({batch} clips, {flops / 1e9:.1f} GFLOP in {took:.3f} s), peak memory {numbers['peak_memory_gb']:.2f} GB")
-        lines.append(f"{preset}: a new frame " + ", ".join(f"after {n}: {a:.3f} s (no cache {b:.3f} s)" for n, (a, b) in frames.items())
-                     + f"; x{numbers['rollout_cached_speedup']:.1f} at 16, frame 16 / frame 2 {numbers['frame16_over_frame2']:.2f}")
+        say(f"{preset}: training {numbers['train_tokens_per_second']:.0f} tokens/s, {numbers['train_share_of_matmul']:.0%} of the matrix product's rate "
+            f"({batch} clips, {flops / 1e9:.1f} GFLOP in {took:.3f} s), peak memory {numbers['peak_memory_gb']:.2f} GB")
+        say(f"{preset}: a new frame " + ", ".join(f"after {n}: {a:.3f} s (no cache {b:.3f} s)" for n, (a, b) in frames.items())
+            + f"; x{numbers['rollout_cached_speedup']:.1f} at 16, frame 16 / frame 2 {numbers['frame16_over_frame2']:.2f}")
         if world.vae.time_stride == 1:          # else the VAE's random weights would be timed
-            together, alone = planning(world, cfg, device, autocast)
+            together, alone = planning(world, cfg, device, autocast, args.samples)
             numbers |= {"plan_shared_speedup": alone / together, "plans_per_second": 1 / together}
-            lines.append(f"{preset}: a plan of 200 candidates x horizon 10, 3 denoising steps: {together:.2f} s together, {alone:.2f} s one by one: x{alone / together:.1f}")
+            say(f"{preset}: a plan of {args.samples} candidates x horizon 10, 3 denoising steps: {together:.2f} s together, {alone:.2f} s one by one: x{alone / together:.1f}")
         bar.update()
     bar.close()
-    print("\n".join(lines))
     if args.json:
         with open(args.json + ".part", "w") as f:
             json.dump(numbers, f, indent=1)
