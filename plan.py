@@ -202,7 +202,7 @@ def episode(agent, make, task, goal, image, world, classifier, args, seed):
 def wilson(rate, n, z=1.96):
     """95 % confidence interval of a share of n (Wilson 1927)."""
     middle, spread = rate + z ** 2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z ** 2 / (4 * n ** 2))
-    return (middle - spread) / (1 + z ** 2 / n), (middle + spread) / (1 + z ** 2 / n)
+    return max(0.0, (middle - spread) / (1 + z ** 2 / n)), min(1.0, (middle + spread) / (1 + z ** 2 / n))
 
 
 # the command line -----------------------------------------------------------------------------------------------------
