@@ -143,6 +143,8 @@ class Desk:
             place, aside, through, fingers = lambda: named.xpos[task[5:] + "_button"], (0, 0, 0.1), (0, 0, -0.1), -1
         elif task == "open_slide":
             place, aside, through, clear = lambda: named.site_xpos["slide_handle"], (-0.12, 0, 0), (0.5, 0.03, 0), (0, -0.15, 0)
+        elif task == "open_drawer":                             # rarely succeeds
+            place, aside, through = lambda: named.geom_xpos["drawer_handle"], (0, 0.05, 0.05), (0, -0.3, -0.02)
         else:
             place, aside, through, clear = lambda: named.xpos[task[:-len("_off_table")]], (-0.15, 0, -0.05), (0.3, 0, -0.02), (0, 0, 0.15)
         beside = False
