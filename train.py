@@ -479,7 +479,7 @@ def main(argv):
         known = next((test[range(len(fixed["fps"]))] for name, _, test in labelled if name == "cross"), None)
     lam_phases = [p for p in phases(cfg) if "lam" in p["train"]]
     vq_at = lam_phases[0]["first"] + int(cfg.vq_start * sum(p["steps"] for p in lam_phases)) if lam_phases else None
-    terminated = []
+    terminated, ends, ended = [], torch.zeros(2, device=device), False
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
     end, trained, alarmed = 0, set(), False
     bar = tqdm(total=sum(p["steps"] for p in phases(cfg)), initial=step, disable=not master, dynamic_ncols=True)
@@ -527,12 +527,14 @@ def main(argv):
                     found.append({"loss": loss.detach(), **out_of})
                 norm = torch.nn.utils.clip_grad_norm_(world.parameters(), cfg.clip)
                 bad = sum(f["loss"] for f in found) + norm
-                ends = torch.stack([~bad.isfinite(), torch.tensor(bool(terminated), device=device)]).float()
-                if ranks > 1:                                                   # all end at the same step, or none
-                    dist.all_reduce(ends, dist.ReduceOp.MAX)
-                not_finite, ended = ends.tolist()
-                if not_finite:
-                    halt("loss or gradient is not finite")
+                ends = torch.maximum(ends, torch.stack([~bad.isfinite(), torch.tensor(bool(terminated), device=device)]).float())
+                # a GPU waits for the CPU to read this, so it does at every tenth step, and before a checkpoint
+                if not cuda or step % 10 == 9 or (step + 1) % cfg.ckpt_every == 0 or step + 1 == end:
+                    if ranks > 1:                                               # all end at the same step, or none
+                        dist.all_reduce(ends, dist.ReduceOp.MAX)
+                    not_finite, ended = ends.tolist()
+                    if not_finite:
+                        halt("loss or gradient is not finite")
                 optimizer.step()
                 step += 1
 
