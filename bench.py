@@ -8,7 +8,6 @@ counts them (what the method needs: recomputed activations are left out), and di
 on the same machine in the same precision.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -133,10 +132,7 @@ def decoding(frames=3000, h=144, w=256, clip=8, draws=8):
 
 
 def main(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"bench.py: {message}\n")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = data.Parser(__doc__)
     parser.add_argument("--preset", nargs="+", default=["tiny"], choices=train.PRESETS)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py over the preset, such as hidden=384")
     parser.add_argument("--batch", type=int, help="clips a training step (the preset's)")

@@ -51,6 +51,16 @@ class MissingPackage(DataError):
     pass
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line of ours: a mistake ends it with one line a node."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+
+
 class ToyClips(Dataset):
     """Toy world clips: source `web`, one embodiment (then with actions), or `robots`, the mixture.
 
@@ -672,10 +682,7 @@ def stats(data, size, frames):
 
 
 def main(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"data.py: {message}\n")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="one source, or several")
     parser.add_argument("--size", type=int, default=64, help="pixels of a square frame")
     parser.add_argument("--frames", type=int, default=8, help="frames a clip")

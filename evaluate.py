@@ -6,7 +6,6 @@
 Paper: section 4.1 (metrics), appendix C.1 (protocols).
 """
 
-import argparse
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import toy
-from data import TOY, DataError, clips, parse_source, sources, to_video
+from data import TOY, DataError, Parser, clips, parse_source, sources, to_video
 from flow import Draw, load_checkpoint, restore, sample, shift_time, time_ratio
 from lam import resize
 from vq import codebook_metrics
@@ -494,10 +493,7 @@ def adapted(args, config):
 
 
 def parse(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"evaluate.py: {message}\n")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", help="run folder or checkpoint")
     add("--task", default="all", choices=("probe", "predict", "adapt", "codebook", "transfer", "all"))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import desk
 import toy
-from data import to_video
+from data import Parser, to_video
 from evaluate import save_gif, save_results, table
 from flow import Draw, load_checkpoint, restore
 
@@ -243,10 +243,7 @@ def problems(args, task, robot, size):
 
 
 def parse(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"plan.py: {message}\n")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", help="run folder or checkpoint of train.py --mode adapt")
     add("--random", action="store_true", help="also act at random: the lower bound")

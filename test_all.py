@@ -257,6 +257,19 @@ def test_cached_rollout_equals_the_plain_one_at_every_history_length(make, t, si
 
 
 @torch.no_grad()
+def test_adaptation_drives_clips_by_real_actions():
+    world, x = small_world(), video()
+    world.adapter = Adapter(3, world.lam.cfg)
+    a, b = torch.randn(2, 2, 5, 3)
+    loss = lambda share, real: setattr(world.cfg, "real_share", share) or world(x, Draw(3), real=real)[0]
+    assert loss(1.0, a) != loss(1.0, b) and loss(0.0, a) == loss(0.0, b) == loss(1.0, None)
+    # with a share of 1 it is the loss on the adapter's latent actions, and on nothing that was inferred
+    given, vq = loss(1.0, a), world.lam.encode(x)[2]
+    world.lam.encode = lambda *_: (torch.full((2, 5, 2, 4), 9.0), None, torch.zeros(()))
+    assert torch.allclose(loss(1.0, a), given - vq, atol=1e-6)
+
+
+@torch.no_grad()
 def test_a_window_sees_only_the_last_frames():
     world, x = small_world(), video()
     z = world.lam.encode(x)[0]
@@ -1372,6 +1385,32 @@ def test_evaluation_on_two_ranks_equals_one(judged):
     run("evaluate.py", *args, cwd=folder, processes=2)
     for variant, row in tables().items():
         assert all(v == pytest.approx(one[variant][k], rel=1e-4, abs=1e-5) for k, v in row.items()), variant
+
+
+def test_results_measured_alike_stay_and_others_go(tmp_path):
+    read = lambda: json.load(open(tmp_path / "results.json"))["tables"]
+    evaluate.save_results(str(tmp_path), "r", 5, {"plan": {"reach": {"success": [1.0]}}, "probe": {"x": {}}}, {"seeds": (0,), "steps": 6})
+    evaluate.save_results(str(tmp_path), "r", 5, {"plan": {"push": {"success": [0.5]}}}, {"seeds": [0], "steps": 6})
+    assert set(read()["plan"]) == {"reach", "push"} and set(read()) == {"plan", "probe"}
+    evaluate.save_results(str(tmp_path), "r", 5, {"plan": {"push": {"success": [0.1]}}}, {"seeds": [0], "steps": 9})       # another protocol
+    assert read()["plan"] == {"push": {"success": [0.1]}} and "probe" in read()
+    evaluate.save_results(str(tmp_path), "r", 6, {"probe": {}}, {})                                                         # a later step
+    assert set(read()) == {"probe"}
+
+
+def test_an_adaptation_that_was_stopped_is_gone_on_with(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **_: calls.append(command[2:]) or subprocess.CompletedProcess([], 0))
+    args, target = evaluate.parse(["--ckpt", str(tmp_path / "r"), "--adapt_data", "held-out"]), tmp_path / "r-held-out"
+    assert evaluate.adapted(args, {"seed": 3, "batch": 64}) == str(target)
+    assert "--mode=adapt" in calls[0] and "--seed=3" in calls[0] and not any(flag.startswith(("--batch", "--resume")) for flag in calls[0])
+    target.mkdir()
+    (target / "ckpt.pt").touch(), (target / "metrics.jsonl").write_text('{"event": "train"}\n')
+    evaluate.adapted(args, {})
+    assert calls[1] == [f"--resume={target}"]
+    (target / "metrics.jsonl").write_text('{"event": "result"}\n')
+    evaluate.adapted(args, {})
+    assert len(calls) == 2
 
 
 def test_lpips_and_fvd_are_what_their_networks_say(monkeypatch, tmp_path):

@@ -8,7 +8,6 @@ Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe).
 Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones, samples/*.gif.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -29,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import toy
-from data import TOY, DataError, clips, loader, parse_source, random_crop, sources, to_video
+from data import TOY, DataError, Parser, clips, loader, parse_source, random_crop, sources, to_video
 from evaluate import align, collapsed, loss_by_time, report, save_gif
 from flow import Draw, build, checkpoints, newest, restore, save
 from lam import Adapter
@@ -167,11 +166,6 @@ def stop(message, status=1):
     sys.exit(status)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        stop(message, 2)
-
-
 def restarted(out):
     """Whether torchrun has restarted this process, on a single node, after a checkpoint of the same launch."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or not checkpoints(out):
@@ -188,7 +182,7 @@ def flag(kind, text):
 
 def parse(argv):
     """Config from the command line: the values of the preset, or of the run to resume, and over them what was given."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     for f in fields(Config):
         switch = {"nargs": "?", "const": "1"} if f.type is bool else {"nargs": "+"} if f.name == "data" else {}
         text = f"{f.metadata['help']} (tiny: {f.default})"
