@@ -1401,6 +1401,7 @@ def test_results_measured_alike_stay_and_others_go(tmp_path):
 def test_an_adaptation_that_was_stopped_is_gone_on_with(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **_: calls.append(command[2:]) or subprocess.CompletedProcess([], 0))
+    (tmp_path / "r").mkdir()
     args, target = evaluate.parse(["--ckpt", str(tmp_path / "r"), "--adapt_data", "held-out"]), tmp_path / "r-held-out"
     assert evaluate.adapted(args, {"seed": 3, "batch": 64}) == str(target)
     assert "--mode=adapt" in calls[0] and "--seed=3" in calls[0] and not any(flag.startswith(("--batch", "--resume")) for flag in calls[0])
