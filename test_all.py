@@ -1583,6 +1583,9 @@ def test_robodesk_states_are_whole_and_success_is_its_own(tmp_path):
     alone = desk.Desk(1)
     alone.set_state(states[:1])
     assert np.allclose(alone.step(actions[:1])[0], after[0], atol=1e-9)
+    onward = alone.step(actions[:1])                                            # it moves by now: velocities count
+    alone.set_state(after[:1])
+    assert np.allclose(alone.step(actions[:1]), onward, atol=1e-6)
     for task in desk.TASKS:
         assert np.abs(next(world.script(task))).max() <= 1 and not world.success(task).any()
         assert bool(world.env.reward_functions[task]("success")) == world.success(task)[1]
