@@ -506,6 +506,7 @@ def parse(argv):
     add("--guidance", type=float, help="guidance scale (as trained)")
     add("--i3d", help="FVD's network: StyleGAN-V's I3D as TorchScript")
     add("--vae_weights", help="where Open-Sora's VAE lies now")
+    add("--out", help="folder of results.json and samples (the run's)")
     add("--compare", nargs=2, metavar=("A", "B"), help="two evaluated runs, or comma-separated sets of them")
     args = parser.parse_args(argv)
     if not (args.ckpt or args.compare):
@@ -536,7 +537,7 @@ def main(argv):
         print(f"warning: {args.clips} clips are fewer than the 64 features of rfvd; its covariance is singular", file=sys.stderr)
     if ranks > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    out = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt) or "."
+    out = args.out or (args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt) or ".")
     tables, pictures = {}, os.path.join(out, "samples")
     os.makedirs(pictures, exist_ok=True)
 

@@ -245,6 +245,7 @@ class LAM(nn.Module):
         self.idm = IDM(cfg)
         self.norm = Standardize(cfg.tokens, cfg.code_dim) if cfg.standardize else nn.Identity()
         self.vq = VectorQuantizer(cfg.num_codes, cfg.code_dim)
+        self.vq.codebook.data *= cfg.latent_scale
         self.fdm = FDM(cfg) if cfg.fdm_depth else None
 
     def infer(self, video):

@@ -50,6 +50,7 @@ class Config:
     data: str = setting("toy", "toy, or files and folders of video, HDF5 or LeRobot data, several with weights: see python data.py --help")
     seed: int = setting(0, "seed of weights, data order and noise")
     pretrain: int = setting(300, "steps without actions, on web clips for the toy world; none with --dit_weights or --init")
+    causal: bool = setting(True, "pretrain: temporal attention is causal, as afterwards; 0: bidirectional, as Open-Sora was trained")
     warmup: int = setting(100, "joint: steps with the generator frozen")
     e2e: int = setting(3000, "joint: steps end to end")
     lam_steps: int = setting(1500, "two-stage: steps of LAM and FDM")
@@ -493,6 +494,8 @@ def main(argv):
                 target = {"lam": world.lam, "adapter": world.adapter}.get(phase["name"], world)
                 model = DistributedDataParallel(target, [local] if cuda else None, gradient_as_bucket_view=True) if ranks > 1 else target
                 set_modes()
+                for block in world.dit.temporal_blocks:
+                    block.attn.causal = cfg.causal or phase["name"] != "pretrain"
                 if step == start and phase["dreams"]:
                     record("align", phase=phase["name"], step=step, **diagnose())
             trained, recent, began, idm_grad = phase["train"], [], time.time(), None

@@ -1,0 +1,372 @@
+"""Every figure and table of the paper, as the commands that make it.
+
+    python reproduce.py fig2                            # fig3, fig4a, fig4b, fig5, fig6, table1 ... table4, warmup, all
+    python reproduce.py fig2 --variant devices --seeds 0 1 2
+
+A run or a measurement is made once, by the command that is printed, and shared by all figures that need it; what was
+interrupted goes on. Seeds are independent: one process a seed uses the cores well, and a last one draws the figures.
+Output: out/reproduce/TARGET[-VARIANT].json with the numbers of every seed, .png or .gif, and .md.
+Budgets are the paper's, all by one factor (KILO); what the paper does not say is in COMMON and VARIANTS, and ours.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+
+from data import Parser
+from evaluate import paired_t
+
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("reproduce.py: needs pip install -r requirements-extra.txt")
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+KILO = {"tiny": 25, "small": 100}       # our steps for 1,000 steps of the paper
+
+# name: flags of train.py. 8K is 8,000 steps of the paper, RUN@8K the checkpoint of a run after so many, RUN@ its last
+RUNS = {
+    "pretrained": "--mode pretrain",
+    "two-stage": "--dit_weights pretrained@ --mode two-stage --lam_steps 30K --wm_steps 30K",
+    "two-stage-8K": "--dit_weights pretrained@ --mode two-stage --lam_steps 0 --init_lam two-stage@8K --wm_steps 52K",
+    "joint": "--dit_weights pretrained@ --warmup 8K --e2e 52K --eval_every 4K",
+    "naive": "--dit_weights pretrained@ --warmup 0 --e2e 60K",
+    "naive-trained": "--dit_weights pretrained@ --warmup 0 --e2e 30K --init_lam two-stage@30K",
+    "both-random": "--pretrain 0 --warmup 0 --e2e 30K",
+    "warmup": "--dit_weights pretrained@ --warmup 30K --e2e 0",
+    "warmup-2K": "--init warmup@2K --warmup 0 --e2e 22K",
+    "warmup-4K": "--init warmup@4K --warmup 0 --e2e 22K",
+    "warmup-8K": "--init warmup@8K --warmup 0 --e2e 22K",
+    "warmup-16K": "--init warmup@16K --warmup 0 --e2e 22K",
+    "frozen": "--dit_weights pretrained@ --warmup 8K --e2e 52K --eval_every 4K --freeze_lam",
+    "two-stage-adapted": "--mode adapt --data held-out --init two-stage@ --adapter_steps 300 --adapt_steps 300",
+    "joint-adapted": "--mode adapt --data held-out --init joint@38K --adapter_steps 300 --adapt_steps 300",
+    "naive-adapted": "--mode adapt --data held-out --init naive@38K --adapter_steps 300 --adapt_steps 300",
+}
+COMMON = "--vq_start 0 --cooldown 0 --real_share 0 --lr_warmup 2K --log_every 2K --eval_every 1000K --ckpt_every 2K --keep 30 --eval_clips 64 --eval_transitions 2048"
+VARIANTS = {
+    "main": "",
+    "plain": "--standardize 0 --latent_scale 0.3",
+}
+MEASURES = {
+    "probe": "evaluate.py --task probe --transitions 4096 --seeds SEED",
+    "predict": "evaluate.py --task predict --seeds SEED",
+    "adapt": "evaluate.py --task adapt --transitions 4096 --seeds SEED",
+    "codebook": "evaluate.py --task codebook",
+    "transfer": "evaluate.py --task transfer",
+    "plan": "plan.py --samples 32 --seeds SEED",
+}
+
+
+class Lab:
+    """The runs and measurements of one preset and variant, by seed."""
+
+    def __init__(self, preset, variant, seeds):
+        self.preset, self.variant, self.seeds, self.kilo = preset, variant, seeds, KILO[preset]
+        self.commands = {}              # of the first seed, as printed
+
+    def folder(self, run, seed):
+        return os.path.join("out", "reproduce", f"{self.preset}-{self.variant}", str(seed), run)
+
+    def steps(self, text):
+        return int(text[:-1]) * self.kilo
+
+    def checkpoint(self, text, seed):
+        """RUN@8K or RUN@ -> path"""
+        run, at = text.split("@")
+        file = os.path.join(self.folder(run, seed), f"ckpt-{self.steps(at):08d}.pt") if at else self.folder(run, seed)
+        return file
+
+    def words(self, text, seed):
+        """The words of a command with their steps, checkpoints and seeds filled in"""
+        return [str(self.steps(w)) if w[:-1].isdigit() and w.endswith("K") else self.checkpoint(w, seed) if "@" in w
+                else str(seed) if w == "SEED" else w for w in text.split()]
+
+    def execute(self, command, flags, log):
+        """Run a script with flags; its log begins with `command`, which is what a later call must ask for to find this done."""
+        print(command, flush=True)
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        with open(log, "w") as f:
+            print(command, file=f, flush=True)
+            done = subprocess.run([sys.executable, os.path.join(HERE, command.split()[1]), *flags], stdout=f)
+        if done.returncode:
+            sys.exit(f"reproduce.py: this failed, see above and {log}: {command}")
+
+    def begun(self, command, log):
+        return os.path.exists(log) and open(log).readline().strip() == command
+
+    def train(self, run, seed):
+        """Train a run, and what it starts from, unless that is done."""
+        for word in RUNS[run].split():
+            if "@" in word:
+                self.train(word.split("@")[0], seed)
+        out = self.folder(run, seed)
+        flags = self.words(f"{COMMON} {VARIANTS[self.variant]} {RUNS[run]}", seed)
+        flags = ["--name", os.path.relpath(out, "out"), "--preset", self.preset, "--seed", str(seed), *flags]
+        command = self.commands[run] = shlex.join(["python", "train.py", *flags])
+        metrics = os.path.join(out, "metrics.jsonl")
+        if self.begun(command, out + ".log") and os.path.exists(metrics):
+            if '"event": "result"' in open(metrics).read():
+                return
+            flags = ["--resume", out]
+        self.execute(command, flags, out + ".log")
+
+    def measure(self, task, ckpt, seed):
+        """{row: {column: value}} of a checkpoint RUN@8K, measured unless that is done."""
+        self.train(ckpt.split("@")[0], seed)
+        script, *flags = self.words(MEASURES[task], seed)
+        out = os.path.join(self.folder(ckpt.split("@")[0], seed), f"{task}-{ckpt.split('@')[1] or 'last'}")
+        flags = ["--ckpt", self.checkpoint(ckpt, seed), *flags, "--out", out]
+        command = self.commands[f"{task} {ckpt}"] = shlex.join(["python", script, *flags])
+        results = os.path.join(out, "results.json")
+        if not (self.begun(command, out + ".log") and os.path.exists(results)):
+            self.execute(command, flags, out + ".log")
+        with open(results) as f:
+            return json.load(f)["tables"][task] if task != "transfer" else os.path.join(out, "samples", "transfer.gif")
+
+
+# what the runs say ----------------------------------------------------------------------------------------------------
+
+
+def curve(lab, run, keys, event="train", phase=None, end=None):
+    """(steps, {key: (seeds, steps)}): what the runs of all seeds logged up to step `end`"""
+    series = []
+    for seed in lab.seeds:
+        with open(os.path.join(lab.folder(run, seed), "metrics.jsonl")) as f:
+            rows = [json.loads(line) for line in f]
+        rows = [r for r in rows if r["event"] == event and phase in (None, r["phase"]) and r["step"] <= (end or r["step"])]
+        steps = [r["step"] for r in rows]
+        series.append([[np.nan if r.get(k) is None else r[k] for k in keys] for r in rows])
+    values = np.array(series, float)                                            # (seeds, steps, keys)
+    return np.array(steps), {k: values[:, :, i] for i, k in enumerate(keys)}
+
+
+def rows_at(curves, step=None):
+    """{arm: {key: [value of each seed]}} at a step, else the last"""
+    at = lambda steps: -1 if step is None else int(np.abs(steps - step).argmin())
+    return {arm: {k: v[:, at(steps)].tolist() for k, v in values.items()} for arm, (steps, values) in curves.items()}
+
+
+def plot(path, curves, titles, levels={}, mark=None):
+    """A panel a key, a line an arm: the mean over seeds and a band of one standard deviation. levels: {arm: {key: [values]}}, dashed"""
+    figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3), layout="constrained", squeeze=False)
+    for axis, (key, title) in zip(axes[0], titles.items()):
+        for arm, (steps, values) in curves.items():
+            mean, sd = values[key].mean(0), values[key].std(0)
+            line, = axis.plot(steps, mean, label=arm, marker="." if len(steps) < 15 else None)
+            axis.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, linewidth=0)
+        for arm, row in levels.items():
+            axis.axhline(np.mean(row[key]), color="black", linestyle="--", linewidth=1, label=arm)
+        if mark:
+            axis.axvline(mark, color="black", linestyle=":", linewidth=1)
+        axis.set_title(title, fontsize=10), axis.set_xlabel("steps"), axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+CODEBOOK = {"utilization": "codebook utilization", "max_usage": "max usage", "entropy": "entropy", "nmi": "NMI with the true action"}
+ALIGN = {"latent_var": "variance of latent actions", "cka": "CKA of latent actions and action features",
+         "sensitivity": "change of velocity by swapped actions", "grad_cosine": "cosine of successive IDM gradients", "nmi": "NMI with the true action"}
+ROBOTS = ("cross", "slide", "tank", "held-out")
+
+
+def lam_level(lab):
+    """The codebook of the two-stage LAM at its end"""
+    steps, values = curve(lab, "two-stage", CODEBOOK, phase="lam")
+    values["nmi"] = curve(lab, "two-stage", ["nmi"], event="align")[1]["nmi"]   # logged when the generator starts on it
+    return rows_at({"two-stage LAM": (steps, values)})
+
+
+def fig2(lab, out):
+    """Codebook in joint training without warm-up, from a random or a trained IDM; both random; and with warm-up"""
+    arms = {"rand IDM + pre WM (naive)": "naive", "pre IDM + pre WM": "naive-trained", "rand IDM + rand WM": "both-random", "warm-up, then joint": "joint"}
+    curves = {arm: curve(lab, run, CODEBOOK, end=lab.steps("30K")) for arm, run in arms.items()}
+    plot(out + ".png", curves, CODEBOOK, lam_level(lab))
+    return rows_at(curves) | lam_level(lab), [("warm-up, then joint", "rand IDM + pre WM (naive)"), ("warm-up, then joint", "pre IDM + pre WM"),
+                                              ("rand IDM + rand WM", "rand IDM + pre WM (naive)")]
+
+
+def fig3(lab, out):
+    """Codebook in joint training after warm-ups of several lengths, all branches of one warm-up run"""
+    curves = {"pure warm-up": curve(lab, "warmup", CODEBOOK), "warm-up 0K": curve(lab, "naive", CODEBOOK, end=lab.steps("22K"))}
+    for k in ("2K", "4K", "8K", "16K"):
+        steps, values = curve(lab, f"warmup-{k}", CODEBOOK)
+        curves[f"warm-up {k}"] = steps + lab.steps(k), values
+    plot(out + ".png", curves, CODEBOOK)
+    return rows_at(curves), [("warm-up 8K", "warm-up 0K"), ("warm-up 16K", "warm-up 0K")]
+
+
+def fig4a(lab, out):
+    """Probing loss on the held-out robot: LAM taught by a frozen generator against one by a generator that trains"""
+    at = ("8K", "14K", "22K", "30K")
+    curves = {}
+    for arm, run in {"pure warm-up": "warmup", "warm-up + e2e": "joint"}.items():
+        found = [[lab.measure("probe", f"{run}@{k}", seed)["held-out"] for k in at] for seed in lab.seeds]
+        curves[arm] = np.array([lab.steps(k) for k in at]), {c: np.array([[row[c][0] for row in rows] for rows in found]) for c in ("l1", "l1_constant")}
+    plot(out + ".png", curves, {"l1": "probe L1, held-out robot"}, rows_at(curves) and {"constant predictor": {"l1": curves["pure warm-up"][1]["l1_constant"][:, 0]}})
+    return rows_at(curves), [("warm-up + e2e", "pure warm-up")]
+
+
+def fig4b(lab, out):
+    """Prediction while the LAM evolves or stays frozen after warm-up"""
+    keys = {"psnr": "PSNR, inferred actions (dB)", "controllability": "controllability (dB)"}
+    curves = {arm: curve(lab, run, keys, event="eval") for arm, run in {"LAM frozen after warm-up": "frozen", "warm-up + e2e": "joint"}.items()}
+    plot(out + ".png", curves, keys)
+    return rows_at(curves), [("warm-up + e2e", "LAM frozen after warm-up")]
+
+
+def fig5(lab, out):
+    """Codebook on training clips, on clips of the held-out robot, and as the adapter makes it of that robot's actions"""
+    rows = {}
+    for arm, run, tuned in (("two-stage", "two-stage@", "two-stage-adapted@"), ("joint", "joint@38K", "joint-adapted@")):
+        for seed in lab.seeds:
+            base, adapted = lab.measure("codebook", run, seed), lab.measure("codebook", tuned, seed)
+            for where, found in {"training": base["training"], "inferred": adapted["inferred, held-out"], "adapter": adapted["adapter, held-out"]}.items():
+                for k, v in found.items():
+                    rows.setdefault(f"{arm}, {where}", {}).setdefault(k, []).extend(v)
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    for axis, key in zip(axes, CODEBOOK):
+        for i, arm in enumerate(("two-stage", "joint")):
+            values = [rows[f"{arm}, {where}"][key] for where in ("training", "inferred", "adapter")]
+            axis.bar(np.arange(3) + 0.4 * i - 0.2, np.mean(values, 1), 0.38, yerr=np.std(values, 1), label=arm)
+        axis.set_xticks(range(3), ("training", "inferred", "adapter")), axis.set_title(CODEBOOK[key], fontsize=10)
+    axes[0].legend(fontsize=7)
+    figure.savefig(out + ".png", dpi=100)
+    plt.close(figure)
+    return rows, [("joint, adapter", "two-stage, adapter")]
+
+
+def fig6(lab, out):
+    """Latent actions of one clip applied to the first frame of another robot's"""
+    for seed in lab.seeds[:1]:
+        shutil.copy(lab.measure("transfer", "joint@", seed), out + ".gif")
+    return {}, []
+
+
+def by_source(lab, task, arms, columns, rows_of):
+    """{"source arm": {column: [value of each seed]}} of measured checkpoints"""
+    rows = {}
+    for source in ROBOTS:
+        for arm, ckpt in arms.items():
+            found = [lab.measure(task, ckpt, seed)[rows_of.format(source)] for seed in lab.seeds]
+            rows[f"{source}: {arm}"] = {c: [v for f in found for v in f[c]] for c in columns if c in found[0]}
+    return rows
+
+
+def table1(lab, out):
+    """Linear probe of latent actions, L1"""
+    rows = by_source(lab, "probe", {"LAM30K": "two-stage@30K", "WARM8K+E2E22K": "joint@30K"}, ("l1", "l1_constant", "r2", "nmi"), "{}")
+    return rows, [(f"{s}: WARM8K+E2E22K", f"{s}: LAM30K") for s in ROBOTS]
+
+
+def table2(lab, out):
+    """Video prediction, frame by frame from the first, with inferred actions"""
+    arms = {"LAM30K+WM30K": "two-stage@", "LAM8K+WM52K": "two-stage-8K@", "WARM8K+E2E52K": "joint@", "WARM8K+E2E30K": "joint@38K", "naive 60K": "naive@"}
+    columns = ("psnr", "ssim", "rfvd", "controllability")
+    rows = by_source(lab, "predict", arms, columns, "{} inferred")
+    rows |= by_source(lab, "predict", {"LAM30K, FDM's own rollout": "two-stage@"}, columns, "{} fdm")
+    rows |= by_source(lab, "predict", {"first frame held still": "two-stage@"}, columns, "{} copy")
+    rows = {r: rows[r] for s in ROBOTS for r in rows if r.startswith(s + ":")}
+    return rows, [(f"{s}: {a}", f"{s}: {b}") for s in ROBOTS for a, b in (("WARM8K+E2E52K", "LAM30K+WM30K"), ("WARM8K+E2E52K", "LAM8K+WM52K"),
+                                                                         ("WARM8K+E2E30K", "LAM8K+WM52K"), ("WARM8K+E2E52K", "naive 60K"))]
+
+
+ADAPTED = {"LAM30K+WM30K": "two-stage-adapted@", "WARM8K+E2E30K": "joint-adapted@", "naive 38K": "naive-adapted@"}
+
+
+def table3(lab, out):
+    """Video prediction of worlds adapted to the held-out robot, with inferred actions and with real ones through the adapter"""
+    rows = {}
+    for kind, name in {"inferred": "GT-LAM", "adapted": "real action"}.items():
+        for arm, ckpt in ADAPTED.items():
+            found = [lab.measure("adapt", ckpt, seed)[kind] for seed in lab.seeds]
+            rows[f"{name}: {arm}"] = {c: [v for f in found for v in f[c]] for c in ("psnr", "ssim", "rfvd", "code_accuracy") if c in found[0]}
+    return rows, [(f"{n}: WARM8K+E2E30K", f"{n}: {arm}") for n in ("GT-LAM", "real action") for arm in ("LAM30K+WM30K", "naive 38K")]
+
+
+def table4(lab, out):
+    """Planning with worlds adapted to the held-out robot: success rate on the toy tasks"""
+    rows = {}
+    for arm, ckpt in ADAPTED.items():
+        for task in ("reach", "push"):
+            rows.setdefault(arm, {})[task] = [v for seed in lab.seeds for v in lab.measure("plan", ckpt, seed)[f"{task} world"]["success"]]
+        rows[arm]["average"] = np.mean([rows[arm]["reach"], rows[arm]["push"]], 0).tolist()
+    return rows, [("WARM8K+E2E30K", "LAM30K+WM30K"), ("WARM8K+E2E30K", "naive 38K")]
+
+
+def warmup(lab, out):
+    """How LAM and generator fit each other before, during and after warm-up, and without one"""
+    curves = {arm: curve(lab, run, ALIGN, end=lab.steps("38K")) for arm, run in {"warm-up, then joint": "joint", "no warm-up (naive)": "naive"}.items()}
+    plot(out + ".png", curves, ALIGN, mark=lab.steps("8K"))
+    return {f"{arm}, after {k}": row for k in ("1K", "8K", "38K") for arm, row in rows_at(curves, lab.steps(k)).items()}, \
+           [(f"warm-up, then joint, after {k}", f"no warm-up (naive), after {k}") for k in ("1K", "8K", "38K")]
+
+
+# target: its runs, and what is made of them
+TARGETS = {
+    "fig2": (["naive", "naive-trained", "both-random", "joint", "two-stage"], fig2),
+    "fig3": (["naive", "warmup", "warmup-2K", "warmup-4K", "warmup-8K", "warmup-16K"], fig3),
+    "table2": (["two-stage", "two-stage-8K", "joint", "naive"], table2),
+    "fig4a": (["warmup", "joint"], fig4a),
+    "fig4b": (["frozen", "joint"], fig4b),
+    "warmup": (["joint", "naive"], warmup),
+    "table1": (["two-stage", "joint"], table1),
+    "table3": (["two-stage-adapted", "joint-adapted", "naive-adapted"], table3),
+    "fig5": (["two-stage-adapted", "joint-adapted"], fig5),
+    "fig6": (["joint"], fig6),
+    "table4": (["two-stage-adapted", "joint-adapted", "naive-adapted"], table4),
+}
+
+
+def markdown(rows, pairs):
+    """The rows as mean +- standard deviation over seeds, and the paired differences"""
+    spread = lambda v: "-" if not len(v) or np.isnan(v).all() else f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "")
+    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
+    lines = [["", *columns], ["---"] * (1 + len(columns))] + [[name, *(spread(row.get(k, [])) for k in columns)] for name, row in rows.items()]
+    for a, b in pairs:
+        cells = []
+        for k in columns:
+            x, y = rows[a].get(k, []), rows[b].get(k, [])
+            t, p = paired_t(x, y) if len(x) == len(y) > 1 else (None, None)
+            cells.append("-" if len(x) != len(y) or not x else spread(np.subtract(x, y)) + (f" (p {p:.2g})" if p is not None else ""))
+        lines.append([f"*{a} minus {b}*", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("target", choices=[*TARGETS, "all"])
+    parser.add_argument("--preset", default="tiny", choices=KILO)
+    parser.add_argument("--variant", default="main", choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args(argv)
+    lab = Lab(args.preset, args.variant, args.seeds)
+    for target in TARGETS if args.target == "all" else [args.target]:
+        runs, show = TARGETS[target]
+        for seed in args.seeds:
+            for run in runs:
+                lab.train(run, seed)
+        out = os.path.join("out", "reproduce", "-".join([target] + [v for v in (args.preset, args.variant) if v not in ("tiny", "main")]))
+        rows, pairs = show(lab, out)
+        text = markdown(rows, pairs) if rows else ""
+        print(f"\n{target}: {show.__doc__} (n = {len(args.seeds)} seeds; mean ± standard deviation; differences are paired by seed, p of a t-test)\n{text}")
+        for end, content in {".json": json.dumps({"target": target, "preset": args.preset, "variant": args.variant, "seeds": args.seeds, "flags": f"{COMMON} {VARIANTS[args.variant]}",
+                                                  "steps of 1K": lab.kilo, "commands": lab.commands, "rows": rows}, indent=1), ".md": text}.items():
+            with open(out + end + ".part", "w") as f:
+                f.write(content)
+            os.replace(out + end + ".part", out + end)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("reproduce.py: interrupted; the same command goes on")
