@@ -41,10 +41,10 @@ RUNS = {
     "naive-trained": "--dit_weights pretrained@ --warmup 0 --e2e 30K --init_lam two-stage@30K",
     "both-random": "--pretrain 0 --warmup 0 --e2e 30K",
     "warmup": "--dit_weights pretrained@ --warmup 30K --e2e 0",
-    "warmup-2K": "--init warmup@2K --warmup 0 --e2e 22K",
-    "warmup-4K": "--init warmup@4K --warmup 0 --e2e 22K",
-    "warmup-8K": "--init warmup@8K --warmup 0 --e2e 22K",
-    "warmup-16K": "--init warmup@16K --warmup 0 --e2e 22K",
+    "warmup-4K": "--init warmup@4K --warmup 0 --e2e 12K",
+    "warmup-8K": "--init warmup@8K --warmup 0 --e2e 12K",
+    "warmup-16K": "--init warmup@16K --warmup 0 --e2e 12K",
+    "warmup-24K": "--init warmup@24K --warmup 0 --e2e 12K",
     "frozen": "--dit_weights pretrained@ --warmup 8K --e2e 52K --eval_every 4K --freeze_lam",
     "two-stage-adapted": "--mode adapt --data held-out --init two-stage@ --adapter_steps 300 --adapt_steps 300",
     "joint-adapted": "--mode adapt --data held-out --init joint@38K --adapter_steps 300 --adapt_steps 300",
@@ -166,6 +166,8 @@ def plot(path, curves, titles, levels={}, mark=None):
             axis.axhline(np.mean(row[key]), color="black", linestyle="--", linewidth=1, label=arm)
         if mark:
             axis.axvline(mark, color="black", linestyle=":", linewidth=1)
+        if key in CODEBOOK:
+            axis.set_ylim(-0.03, 1.03)
         axis.set_title(title, fontsize=10), axis.set_xlabel("steps"), axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
@@ -196,12 +198,12 @@ def fig2(lab, out):
 
 def fig3(lab, out):
     """Codebook in joint training after warm-ups of several lengths, all branches of one warm-up run"""
-    curves = {"pure warm-up": curve(lab, "warmup", CODEBOOK), "warm-up 0K": curve(lab, "naive", CODEBOOK, end=lab.steps("22K"))}
-    for k in ("2K", "4K", "8K", "16K"):
+    curves = {"pure warm-up": curve(lab, "warmup", CODEBOOK), "warm-up 0K": curve(lab, "naive", CODEBOOK, end=lab.steps("12K"))}
+    for k in ("4K", "8K", "16K", "24K"):
         steps, values = curve(lab, f"warmup-{k}", CODEBOOK)
         curves[f"warm-up {k}"] = steps + lab.steps(k), values
     plot(out + ".png", curves, CODEBOOK)
-    return rows_at(curves), [("warm-up 8K", "warm-up 0K"), ("warm-up 16K", "warm-up 0K")]
+    return rows_at(curves), [(f"warm-up {k}", "warm-up 0K") for k in ("4K", "8K", "16K", "24K")]
 
 
 def fig4a(lab, out):
@@ -313,7 +315,7 @@ def warmup(lab, out):
 # target: its runs, and what is made of them
 TARGETS = {
     "fig2": (["naive", "naive-trained", "both-random", "joint", "two-stage"], fig2),
-    "fig3": (["naive", "warmup", "warmup-2K", "warmup-4K", "warmup-8K", "warmup-16K"], fig3),
+    "fig3": (["naive", "warmup", "warmup-4K", "warmup-8K", "warmup-16K", "warmup-24K"], fig3),
     "table2": (["two-stage", "two-stage-8K", "joint", "naive"], table2),
     "fig4a": (["warmup", "joint"], fig4a),
     "fig4b": (["frozen", "joint"], fig4b),

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import data
 import desk
 import evaluate
 import plan
+import reproduce
 import toy
 from data import Episodes, ToyClips, clips, loader, random_crop
 from dit import DiT, DiTConfig, KVCache, load_opensora
@@ -103,6 +105,13 @@ def test_quantizer_takes_the_nearest_code_and_passes_the_gradient_straight_throu
     assert torch.allclose(loss, 2 * (z - vq.codebook[indices]).pow(2).mean())   # codebook + commitment, weight 1 each
     g = torch.randn_like(z)
     assert torch.equal(torch.autograd.grad((z_q * g).sum(), z)[0], g)
+
+
+def test_the_codebook_starts_in_units_of_the_latents():
+    torch.manual_seed(0)
+    for scale in (1.0, 0.03):
+        codes = LAM(LAMConfig(size=8, patch=4, width=16, depth=1, heads=2, num_codes=8, code_dim=64, latent_scale=scale)).vq.codebook
+        assert 0.9 * scale / 8 < codes.abs().max() <= scale / 8
 
 
 def test_kmeans_finds_separate_clusters():
@@ -1170,6 +1179,15 @@ def test_bad_input_gets_one_line(args, words, tmp_path):
     assert words in complaint(done) and not (tmp_path / "out").exists()
 
 
+def test_bidirectional_pretraining_leaves_a_causal_generator(tmp_path):
+    for name, causal in (("a", 1), ("b", 0)):
+        run("train.py", "--name", name, "--pretrain", 3, "--warmup", causal, "--e2e", 0, "--causal", causal, *SMALL, cwd=tmp_path)
+    body = lambda path: {k: v for k, v in load_checkpoint(str(path))["dit"].items() if not k.startswith("action.")}
+    a, b = body(tmp_path / "out/a"), body(tmp_path / "out/b")                   # warm-up keeps the body
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+    assert all(block.attn.causal for block in load_world(str(tmp_path / "out/b")).dit.temporal_blocks)
+
+
 def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
     process = start("train.py", "--name", "a", "--pretrain", "100000", "--ckpt_every", "5", *SMALL, cwd=tmp_path)
     kept = tmp_path / "out/a/ckpt.pt"
@@ -1633,6 +1651,86 @@ def test_robodesk_that_cannot_be_used_says_why(monkeypatch):
     monkeypatch.setattr(desk.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(desk.DeskError, match="pip install robodesk==1.0.0"):
         desk.Desk()
+
+
+# the paper's figures and tables ---------------------------------------------------------------------------------------
+
+
+def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(reproduce.KILO, "tiny", 1)
+    monkeypatch.setitem(reproduce.VARIANTS, "main", shlex.join(["--pretrain", "2", *SMALL, "--log_every", "30"]))
+    monkeypatch.setitem(reproduce.RUNS, "joint", "--dit_weights pretrained@ --warmup 8K --e2e 24K")
+    monkeypatch.setitem(reproduce.RUNS, "two-stage", "--dit_weights pretrained@ --mode two-stage --lam_steps 30K --wm_steps 2K")
+    monkeypatch.setitem(reproduce.MEASURES, "probe", "evaluate.py --task probe --transitions 70 --seeds SEED")
+    reproduce.main(["table1", "--seeds", "3"])
+    made = json.load(open("out/reproduce/table1.json"))
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python ")]
+    assert printed == list(made["commands"].values()) and len(printed) == 5
+    assert [line.split()[1] for line in printed] == ["train.py"] * 3 + ["evaluate.py"] * 2 and all("--seed" in line for line in printed)
+    assert "--init" not in printed[0] and "--warmup 8 --e2e 24" in printed[2] and "joint/ckpt-00000030.pt" in printed[4]
+    table = open("out/reproduce/table1.md").read()
+    one = made["rows"]["held-out: LAM30K"]["l1"][0]
+    assert f"| held-out: LAM30K | {one:.3f} |" in table and "*held-out: WARM8K+E2E22K minus held-out: LAM30K*" in table
+    # what is there is not made again; what was stopped goes on; what other flags made is made anew
+    folder = tmp_path / "out/reproduce/tiny-main/3"
+    log = folder / "joint/metrics.jsonl"
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:-1]))
+    before = (folder / "two-stage/metrics.jsonl").stat().st_mtime_ns
+    monkeypatch.setitem(reproduce.MEASURES, "probe", "evaluate.py --task probe --transitions 71 --seeds SEED")
+    reproduce.main(["table1", "--seeds", "3"])
+    printed = [line.split()[1:4] for line in capfd.readouterr().out.splitlines() if line.startswith("python ")]
+    assert [p[0] for p in printed] == ["train.py", "evaluate.py", "evaluate.py"] and printed[0][2].endswith("joint")
+    assert (folder / "two-stage/metrics.jsonl").stat().st_mtime_ns == before and log.read_text().splitlines(keepends=True)[-1] == whole[-1]
+    monkeypatch.setitem(reproduce.RUNS, "joint", "--dit_weights nowhere --warmup 8K --e2e 24K")
+    with pytest.raises(SystemExit, match="this failed.*nowhere"):
+        reproduce.main(["table1", "--seeds", "3"])
+
+
+def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lab, keys = reproduce.Lab("tiny", "main", []), [*reproduce.CODEBOOK, *reproduce.ALIGN, "psnr", "controllability"]
+    trained = []
+
+    def train(self, run, seed):
+        """Two phases of logs: a number is seed + step / 10,000"""
+        trained.append((run, seed))
+        os.makedirs(lab.folder(run, seed), exist_ok=True)
+        rows = [{"event": "align", "phase": "wm", "step": 750, "nmi": 0.9}]
+        rows += [{"event": e, "phase": "lam" if step <= 750 else "wm", "step": step} | dict.fromkeys(keys, seed + step / 10000) for step in range(50, 1501, 50)
+                 for e in ("train", "eval")]
+        with open(os.path.join(lab.folder(run, seed), "metrics.jsonl"), "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in rows)
+
+    def measure(self, task, ckpt, seed):
+        cells = dict.fromkeys(("l1", "l1_constant", "r2", "nmi", "psnr", "ssim", "rfvd", "controllability", *reproduce.CODEBOOK, "success"), [seed + len(ckpt)])
+        names = [f"{r}{v}" for r in reproduce.ROBOTS for v in ("", " inferred", " fdm", " copy")]
+        names += ["training", "inferred, held-out", "adapter, held-out", "inferred", "adapted", "reach world", "push world"]
+        if task == "transfer":
+            (tmp_path / "a.gif").write_bytes(b"GIF")
+            return "a.gif"
+        return {n: cells for n in names}
+    monkeypatch.setattr(reproduce.Lab, "train", train)
+    monkeypatch.setattr(reproduce.Lab, "measure", measure)
+    reproduce.main(["all", "--seeds", "0", "1", "2"])
+    files = set(os.listdir("out/reproduce"))
+    pictures = {"fig2.png", "fig3.png", "fig4a.png", "fig4b.png", "fig5.png", "fig6.gif", "warmup.png"}
+    assert pictures | {f"{t}{end}" for t in reproduce.TARGETS for end in (".json", ".md")} <= files
+    read = lambda t: json.load(open(f"out/reproduce/{t}.json"))["rows"]
+    assert read("fig2")["pre IDM + pre WM"]["max_usage"] == [0.075, 1.075, 2.075]                # at 30K = 750 steps
+    assert read("fig2")["two-stage LAM"] == dict.fromkeys(("utilization", "max_usage", "entropy"), [0.075, 1.075, 2.075]) | {"nmi": [0.9] * 3}
+    assert read("table2")["tank: WARM8K+E2E30K"]["psnr"] == [9, 10, 11] and read("table4")["naive 38K"]["average"] == [14, 15, 16]
+    assert {run for run, _ in trained} == set(reproduce.RUNS) - {"pretrained"}
+    assert "| *WARM8K+E2E30K minus naive 38K* | 0.000 ± 0.000 |" in open("out/reproduce/table4.md").read()
+    a, b = [1.0, 2.0, 4.0], [0.5, 1.0, 2.0]
+    assert f"1.167 ± 0.764 (p {paired_t(a, b)[1]:.2g})" in reproduce.markdown({"A": {"x": a}, "B": {"x": b}}, [("A", "B")])
+
+
+def test_bad_targets_get_one_line(tmp_path):
+    for flags, word in ((["fig9"], "fig9"), (["fig2", "--variant", "odd"], "odd"), (["fig2", "--seeds", "x"], "x")):
+        assert word in complaint(run("reproduce.py", *flags, cwd=tmp_path, ok=False), "reproduce.py")
+    assert not os.path.exists(tmp_path / "out")
 
 
 # speed ----------------------------------------------------------------------------------------------------------------
