@@ -1,12 +1,12 @@
 """Every figure and table of the paper, as the commands that make it.
 
     python reproduce.py fig2                            # fig3, fig4a, fig4b, fig5, fig6, table1 ... table4, warmup, all
-    python reproduce.py fig2 --variant devices --seeds 0 1 2
+    python reproduce.py fig2 --variant plain --seeds 0 1 2     # under other conditions
 
 A run or a measurement is made once, by the command that is printed, and shared by all figures that need it; what was
-interrupted goes on. Seeds are independent: one process a seed uses the cores well, and a last one draws the figures.
-Output: out/reproduce/TARGET[-VARIANT].json with the numbers of every seed, .png or .gif, and .md.
-Budgets are the paper's, all by one factor (KILO); what the paper does not say is in COMMON and VARIANTS, and ours.
+interrupted goes on. Seeds are independent: start one process a seed (OMP_NUM_THREADS=1), and one for all at the end.
+Output: out/reproduce/TARGET[-VARIANT].json with the numbers of every seed, .png or .gif, and a table, .md.
+Budgets are the paper's (appendix B.3), all by one factor, KILO; COMMON and VARIANTS are ours.
 """
 
 import json
@@ -52,8 +52,8 @@ RUNS = {
 }
 COMMON = "--vq_start 0 --cooldown 0 --real_share 0 --lr_warmup 2K --log_every 2K --eval_every 1000K --ckpt_every 2K --keep 30 --eval_clips 64 --eval_transitions 2048"
 VARIANTS = {
-    "main": "",
-    "plain": "--standardize 0 --latent_scale 0.3",
+    "main": "",                                     # the devices of the preset, but quantized from the first step
+    "plain": "--standardize 0 --latent_scale 0.3",  # the IDM's output as it is
 }
 MEASURES = {
     "probe": "evaluate.py --task probe --transitions 4096 --seeds SEED",
@@ -70,7 +70,7 @@ class Lab:
 
     def __init__(self, preset, variant, seeds):
         self.preset, self.variant, self.seeds, self.kilo = preset, variant, seeds, KILO[preset]
-        self.commands = {}              # of the first seed, as printed
+        self.commands = []              # that a target takes, as printed
 
     def folder(self, run, seed):
         return os.path.join("out", "reproduce", f"{self.preset}-{self.variant}", str(seed), run)
@@ -81,13 +81,18 @@ class Lab:
     def checkpoint(self, text, seed):
         """RUN@8K or RUN@ -> path"""
         run, at = text.split("@")
-        file = os.path.join(self.folder(run, seed), f"ckpt-{self.steps(at):08d}.pt") if at else self.folder(run, seed)
-        return file
+        return os.path.join(self.folder(run, seed), f"ckpt-{self.steps(at):08d}.pt" if at else "").rstrip(os.sep)
 
     def words(self, text, seed):
         """The words of a command with their steps, checkpoints and seeds filled in"""
         return [str(self.steps(w)) if w[:-1].isdigit() and w.endswith("K") else self.checkpoint(w, seed) if "@" in w
                 else str(seed) if w == "SEED" else w for w in text.split()]
+
+    def command(self, script, flags):
+        command = shlex.join(["python", script, *flags])
+        if command not in self.commands:
+            self.commands.append(command)
+        return command
 
     def execute(self, command, flags, log):
         """Run a script with flags; its log begins with `command`, which is what a later call must ask for to find this done."""
@@ -110,7 +115,7 @@ class Lab:
         out = self.folder(run, seed)
         flags = self.words(f"{COMMON} {VARIANTS[self.variant]} {RUNS[run]}", seed)
         flags = ["--name", os.path.relpath(out, "out"), "--preset", self.preset, "--seed", str(seed), *flags]
-        command = self.commands[run] = shlex.join(["python", "train.py", *flags])
+        command = self.command("train.py", flags)
         metrics = os.path.join(out, "metrics.jsonl")
         if self.begun(command, out + ".log") and os.path.exists(metrics):
             if '"event": "result"' in open(metrics).read():
@@ -124,7 +129,7 @@ class Lab:
         script, *flags = self.words(MEASURES[task], seed)
         out = os.path.join(self.folder(ckpt.split("@")[0], seed), f"{task}-{ckpt.split('@')[1] or 'last'}")
         flags = ["--ckpt", self.checkpoint(ckpt, seed), *flags, "--out", out]
-        command = self.commands[f"{task} {ckpt}"] = shlex.join(["python", script, *flags])
+        command = self.command(script, flags)
         results = os.path.join(out, "results.json")
         if not (self.begun(command, out + ".log") and os.path.exists(results)):
             self.execute(command, flags, out + ".log")
@@ -352,7 +357,7 @@ def main(argv):
     args = parser.parse_args(argv)
     lab = Lab(args.preset, args.variant, args.seeds)
     for target in TARGETS if args.target == "all" else [args.target]:
-        runs, show = TARGETS[target]
+        lab.commands, (runs, show) = [], TARGETS[target]
         for seed in args.seeds:
             for run in runs:
                 lab.train(run, seed)

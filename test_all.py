@@ -1,9 +1,11 @@
 """Tests: python -m pytest -q -n 2 --dist loadgroup test_all.py (tiny models, real behaviour; minutes on two cores)."""
 
 import functools
+import glob
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -1666,7 +1668,7 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
     reproduce.main(["table1", "--seeds", "3"])
     made = json.load(open("out/reproduce/table1.json"))
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python ")]
-    assert printed == list(made["commands"].values()) and len(printed) == 5
+    assert printed == made["commands"] and len(printed) == 5
     assert [line.split()[1] for line in printed] == ["train.py"] * 3 + ["evaluate.py"] * 2 and all("--seed" in line for line in printed)
     assert "--init" not in printed[0] and "--warmup 8 --e2e 24" in printed[2] and "joint/ckpt-00000030.pt" in printed[4]
     table = open("out/reproduce/table1.md").read()
@@ -1725,6 +1727,17 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
     assert "| *WARM8K+E2E30K minus naive 38K* | 0.000 ± 0.000 |" in open("out/reproduce/table4.md").read()
     a, b = [1.0, 2.0, 4.0], [0.5, 1.0, 2.0]
     assert f"1.167 ± 0.764 (p {paired_t(a, b)[1]:.2g})" in reproduce.markdown({"A": {"x": a}, "B": {"x": b}}, [("A", "B")])
+
+
+def test_the_readme_quotes_the_code_and_names_what_is_there():
+    readme = open(os.path.join(HERE, "README.md")).read()
+    quotes = re.findall(r"```python\n# (\w+\.py), .*\n([^`]+)```", readme)
+    for file, text in quotes:
+        lines = [line.strip() for line in open(os.path.join(HERE, file))]
+        assert all(any(quoted.strip() in line for line in lines) for quoted in text.splitlines()), (file, text)
+    assert len(quotes) >= 4
+    assert set(re.findall(r"\]\((assets/[^)]+)\)", readme)) <= {os.path.relpath(p, HERE) for p in glob.glob(HERE + "/assets/**", recursive=True)}
+    assert {f for f in re.findall(r"^\| `(\w+\.py)`", readme, re.M)} == {os.path.basename(f) for f in glob.glob(HERE + "/*.py")}
 
 
 def test_bad_targets_get_one_line(tmp_path):
