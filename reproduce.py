@@ -1,12 +1,14 @@
 """Every figure and table of the paper, as the commands that make it.
 
     python reproduce.py fig2                            # fig3, fig4a, fig4b, fig5, fig6, table1 ... table4, warmup, all
-    python reproduce.py fig2 --variant plain --seeds 0 1 2     # under other conditions
+    python reproduce.py fig2 --variant unstandardized --seeds 0 1 2    # under other conditions
 
 A run or a measurement is made once, by the command that is printed, and shared by all figures that need it; what was
-interrupted goes on. Seeds are independent: start one process a seed (OMP_NUM_THREADS=1), and one for all at the end.
-Output: out/reproduce/TARGET[-VARIANT].json with the numbers of every seed, .png or .gif, and a table, .md.
-Budgets are the paper's (appendix B.3), all by one factor, KILO; COMMON and VARIANTS are ours.
+interrupted goes on. Seeds are independent: start one process a seed (OMP_NUM_THREADS=1), and one for all at the end;
+but not two processes on one seed.
+Output: out/reproduce/TARGET[-VARIANT][-seedN].json with the numbers of every seed, .png or .gif, and a table, .md.
+Training budgets are the paper's (section 4), all by one factor, KILO; those of pre-training and adaptation, COMMON and
+VARIANTS are ours.
 """
 
 import json
@@ -29,9 +31,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SEEDS = [0, 1, 2]
 KILO = {"tiny": 25, "small": 100}       # our steps for 1,000 steps of the paper
 
-# name: flags of train.py. 8K is 8,000 steps of the paper, RUN@8K the checkpoint of a run after so many, RUN@ its last
+# name: flags of train.py. 8K is 8,000 steps of the paper, RUN@8K the checkpoint of a run after so many, RUN@ its last.
+# The branches of "warmup" start with fresh moments and a learning-rate warm-up of their own, unlike "joint".
 RUNS = {
     "pretrained": "--mode pretrain",
     "two-stage": "--dit_weights pretrained@ --mode two-stage --lam_steps 30K --wm_steps 30K",
@@ -50,10 +54,11 @@ RUNS = {
     "joint-adapted": "--mode adapt --data held-out --init joint@38K --adapter_steps 300 --adapt_steps 300",
     "naive-adapted": "--mode adapt --data held-out --init naive@38K --adapter_steps 300 --adapt_steps 300",
 }
+KEPT = ("4K", "8K", "14K", "16K", "22K", "24K", "30K", "38K")            # checkpoints that something starts from or measures
 COMMON = "--vq_start 0 --cooldown 0 --real_share 0 --lr_warmup 2K --log_every 2K --eval_every 1000K --ckpt_every 2K --keep 30 --eval_clips 64 --eval_transitions 2048"
 VARIANTS = {
     "main": "",                                     # the devices of the preset, but quantized from the first step
-    "plain": "--standardize 0 --latent_scale 0.3",  # the IDM's output as it is
+    "unstandardized": "--standardize 0 --latent_scale 0.3",     # the IDM's output times a constant, which two-stage learns with
 }
 MEASURES = {
     "probe": "evaluate.py --task probe --transitions 4096 --seeds SEED",
@@ -79,9 +84,10 @@ class Lab:
         return int(text[:-1]) * self.kilo
 
     def checkpoint(self, text, seed):
-        """RUN@8K or RUN@ -> path"""
+        """RUN@8K or RUN@ -> path; a run's last checkpoint is its folder"""
         run, at = text.split("@")
-        return os.path.join(self.folder(run, seed), f"ckpt-{self.steps(at):08d}.pt" if at else "").rstrip(os.sep)
+        file = os.path.join(self.folder(run, seed), f"ckpt-{self.steps(at):08d}.pt") if at else ""
+        return file if os.path.exists(file) else self.folder(run, seed)
 
     def words(self, text, seed):
         """The words of a command with their steps, checkpoints and seeds filled in"""
@@ -94,69 +100,83 @@ class Lab:
             self.commands.append(command)
         return command
 
-    def execute(self, command, flags, log):
-        """Run a script with flags; its log begins with `command`, which is what a later call must ask for to find this done."""
+    def execute(self, command, flags):
         print(command, flush=True)
-        os.makedirs(os.path.dirname(log), exist_ok=True)
-        with open(log, "w") as f:
-            print(command, file=f, flush=True)
-            done = subprocess.run([sys.executable, os.path.join(HERE, command.split()[1]), *flags], stdout=f)
+        done = subprocess.run([sys.executable, os.path.join(HERE, command.split()[1]), *flags], stdout=subprocess.DEVNULL)
         if done.returncode:
-            sys.exit(f"reproduce.py: this failed, see above and {log}: {command}")
+            sys.exit(f"reproduce.py: this failed: {command}")
 
-    def begun(self, command, log):
-        return os.path.exists(log) and open(log).readline().strip() == command
+    def is_of(self, file, recipe):
+        return os.path.exists(file) and open(file).read() == recipe
 
     def train(self, run, seed):
-        """Train a run, and what it starts from, unless that is done."""
-        for word in RUNS[run].split():
-            if "@" in word:
-                self.train(word.split("@")[0], seed)
+        """Train a run, and what it starts from, unless that is done. Returns its recipe: its command, then theirs."""
+        parents = [self.train(word.split("@")[0], seed) for word in RUNS[run].split() if "@" in word]
         out = self.folder(run, seed)
         flags = self.words(f"{COMMON} {VARIANTS[self.variant]} {RUNS[run]}", seed)
         flags = ["--name", os.path.relpath(out, "out"), "--preset", self.preset, "--seed", str(seed), *flags]
         command = self.command("train.py", flags)
-        metrics = os.path.join(out, "metrics.jsonl")
-        if self.begun(command, out + ".log") and os.path.exists(metrics):
+        recipe, metrics, note = "\n".join([command, *parents]), os.path.join(out, "metrics.jsonl"), out + ".txt"
+        if self.is_of(note, recipe) and os.path.exists(metrics):
             if '"event": "result"' in open(metrics).read():
-                return
+                return recipe
             flags = ["--resume", out]
-        self.execute(command, flags, out + ".log")
+        elif os.path.exists(metrics):
+            os.replace(metrics, metrics + ".old")           # of another recipe; train.py moves its folder aside
+        os.makedirs(os.path.dirname(out), exist_ok=True)
+        with open(note, "w") as f:
+            f.write(recipe)
+        self.execute(command, flags)
+        kept = {f"ckpt-{self.steps(k):08d}.pt" for k in KEPT}
+        for file in os.listdir(out):
+            if file.startswith("ckpt-") and file not in kept:
+                os.remove(os.path.join(out, file))
+        return recipe
 
     def measure(self, task, ckpt, seed):
-        """{row: {column: value}} of a checkpoint RUN@8K, measured unless that is done."""
-        self.train(ckpt.split("@")[0], seed)
+        """{row: {column: [value]}} of a checkpoint RUN@8K, measured unless that is done."""
+        run, at = ckpt.split("@")
+        trained = self.train(run, seed)
         script, *flags = self.words(MEASURES[task], seed)
-        out = os.path.join(self.folder(ckpt.split("@")[0], seed), f"{task}-{ckpt.split('@')[1] or 'last'}")
+        out = os.path.join(self.folder(run, seed), f"{task}-{at or 'last'}")
         flags = ["--ckpt", self.checkpoint(ckpt, seed), *flags, "--out", out]
         command = self.command(script, flags)
-        results = os.path.join(out, "results.json")
-        if not (self.begun(command, out + ".log") and os.path.exists(results)):
-            self.execute(command, flags, out + ".log")
-        with open(results) as f:
-            return json.load(f)["tables"][task] if task != "transfer" else os.path.join(out, "samples", "transfer.gif")
+        recipe, note = f"{command}\n{trained}", out + ".txt"
+        if not self.is_of(note, recipe):
+            self.execute(command, flags)
+            with open(note, "w") as f:                      # once it is whole
+                f.write(recipe)
+        with open(os.path.join(out, "results.json")) as f:
+            results = json.load(f)
+        if at and results["step"] != self.steps(at):
+            sys.exit(f"reproduce.py: {ckpt} is of step {results['step']}, not {self.steps(at)}: {command}")
+        return results["tables"][task] if task != "transfer" else os.path.join(out, "samples", "transfer.gif")
 
 
 # what the runs say ----------------------------------------------------------------------------------------------------
 
 
-def curve(lab, run, keys, event="train", phase=None, end=None):
+def curve(lab, run, keys, events=("train",), phase=None, end=None):
     """(steps, {key: (seeds, steps)}): what the runs of all seeds logged up to step `end`"""
-    series = []
+    logs = []
     for seed in lab.seeds:
         with open(os.path.join(lab.folder(run, seed), "metrics.jsonl")) as f:
             rows = [json.loads(line) for line in f]
-        rows = [r for r in rows if r["event"] == event and phase in (None, r["phase"]) and r["step"] <= (end or r["step"])]
-        steps = [r["step"] for r in rows]
-        series.append([[np.nan if r.get(k) is None else r[k] for k in keys] for r in rows])
-    values = np.array(series, float)                                            # (seeds, steps, keys)
-    return np.array(steps), {k: values[:, :, i] for i, k in enumerate(keys)}
+        logs.append({r["step"]: r for r in rows if r["event"] in events and phase in (None, r["phase"]) and r["step"] <= (end or r["step"])})
+    steps = sorted(set.intersection(*map(set, logs)))                           # a stop may have cost an evaluation
+    value = lambda row, k: np.nan if row.get(k) is None else row[k]
+    return np.array(steps), {k: np.array([[value(log[s], k) for s in steps] for log in logs], float) for k in keys}
 
 
 def rows_at(curves, step=None):
-    """{arm: {key: [value of each seed]}} at a step, else the last"""
-    at = lambda steps: -1 if step is None else int(np.abs(steps - step).argmin())
-    return {arm: {k: v[:, at(steps)].tolist() for k, v in values.items()} for arm, (steps, values) in curves.items()}
+    """{arm: {key: [value of each seed]}} at a step, else the last, of what all seeds logged there"""
+    at = lambda steps: -1 if step is None else steps.tolist().index(step)
+    return {arm: {k: v[:, at(steps)].tolist() for k, v in values.items() if not np.isnan(v[:, at(steps)]).any()} for arm, (steps, values) in curves.items()}
+
+
+def sd_of(values):
+    """Standard deviation over seeds, the first axis"""
+    return np.std(values, 0, ddof=min(1, len(values) - 1))
 
 
 def plot(path, curves, titles, levels={}, mark=None):
@@ -164,7 +184,7 @@ def plot(path, curves, titles, levels={}, mark=None):
     figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3), layout="constrained", squeeze=False)
     for axis, (key, title) in zip(axes[0], titles.items()):
         for arm, (steps, values) in curves.items():
-            mean, sd = values[key].mean(0), values[key].std(0)
+            mean, sd = values[key].mean(0), sd_of(values[key])
             line, = axis.plot(steps, mean, label=arm, marker="." if len(steps) < 15 else None)
             axis.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, linewidth=0)
         for arm, row in levels.items():
@@ -179,7 +199,7 @@ def plot(path, curves, titles, levels={}, mark=None):
     plt.close(figure)
 
 
-CODEBOOK = {"utilization": "codebook utilization", "max_usage": "max usage", "entropy": "entropy", "nmi": "NMI with the true action"}
+CODEBOOK = {"utilization": "codebook utilization", "max_usage": "max usage", "entropy": "entropy", "nmi": "NMI with the true action (cross, held-out)"}
 ALIGN = {"latent_var": "variance of latent actions", "cka": "CKA of latent actions and action features",
          "sensitivity": "change of velocity by swapped actions", "grad_cosine": "cosine of successive IDM gradients", "nmi": "NMI with the true action"}
 ROBOTS = ("cross", "slide", "tank", "held-out")
@@ -188,7 +208,7 @@ ROBOTS = ("cross", "slide", "tank", "held-out")
 def lam_level(lab):
     """The codebook of the two-stage LAM at its end"""
     steps, values = curve(lab, "two-stage", CODEBOOK, phase="lam")
-    values["nmi"] = curve(lab, "two-stage", ["nmi"], event="align")[1]["nmi"]   # logged when the generator starts on it
+    values["nmi"] = curve(lab, "two-stage", ["nmi"], ("align",))[1]["nmi"]   # logged when the generator starts on it
     return rows_at({"two-stage LAM": (steps, values)})
 
 
@@ -202,7 +222,7 @@ def fig2(lab, out):
 
 
 def fig3(lab, out):
-    """Codebook in joint training after warm-ups of several lengths, all branches of one warm-up run"""
+    """Codebook in joint training (12K) after warm-ups of several lengths, all branches of one warm-up run (30K)"""
     curves = {"pure warm-up": curve(lab, "warmup", CODEBOOK), "warm-up 0K": curve(lab, "naive", CODEBOOK, end=lab.steps("12K"))}
     for k in ("4K", "8K", "16K", "24K"):
         steps, values = curve(lab, f"warmup-{k}", CODEBOOK)
@@ -225,7 +245,7 @@ def fig4a(lab, out):
 def fig4b(lab, out):
     """Prediction while the LAM evolves or stays frozen after warm-up"""
     keys = {"psnr": "PSNR, inferred actions (dB)", "controllability": "controllability (dB)"}
-    curves = {arm: curve(lab, run, keys, event="eval") for arm, run in {"LAM frozen after warm-up": "frozen", "warm-up + e2e": "joint"}.items()}
+    curves = {arm: curve(lab, run, keys, ("eval", "result")) for arm, run in {"LAM frozen after warm-up": "frozen", "warm-up + e2e": "joint"}.items()}
     plot(out + ".png", curves, keys)
     return rows_at(curves), [("warm-up + e2e", "LAM frozen after warm-up")]
 
@@ -243,7 +263,7 @@ def fig5(lab, out):
     for axis, key in zip(axes, CODEBOOK):
         for i, arm in enumerate(("two-stage", "joint")):
             values = [rows[f"{arm}, {where}"][key] for where in ("training", "inferred", "adapter")]
-            axis.bar(np.arange(3) + 0.4 * i - 0.2, np.mean(values, 1), 0.38, yerr=np.std(values, 1), label=arm)
+            axis.bar(np.arange(3) + 0.4 * i - 0.2, np.mean(values, 1), 0.38, yerr=sd_of(np.transpose(values)), label=arm)
         axis.set_xticks(range(3), ("training", "inferred", "adapter")), axis.set_title(CODEBOOK[key], fontsize=10)
     axes[0].legend(fontsize=7)
     figure.savefig(out + ".png", dpi=100)
@@ -313,8 +333,9 @@ def warmup(lab, out):
     """How LAM and generator fit each other before, during and after warm-up, and without one"""
     curves = {arm: curve(lab, run, ALIGN, end=lab.steps("38K")) for arm, run in {"warm-up, then joint": "joint", "no warm-up (naive)": "naive"}.items()}
     plot(out + ".png", curves, ALIGN, mark=lab.steps("8K"))
-    return {f"{arm}, after {k}": row for k in ("1K", "8K", "38K") for arm, row in rows_at(curves, lab.steps(k)).items()}, \
-           [(f"warm-up, then joint, after {k}", f"no warm-up (naive), after {k}") for k in ("1K", "8K", "38K")]
+    rows = {f"{arm}, after {k}": row for k in ("2K", "8K", "38K") for arm, row in rows_at(curves, lab.steps(k)).items()}
+    start = rows_at({"before": curve(lab, "joint", ALIGN, ("align",), "warmup")})
+    return start | rows, [(f"warm-up, then joint, after {k}", f"no warm-up (naive), after {k}") for k in ("2K", "8K", "38K")]
 
 
 # target: its runs, and what is made of them
@@ -335,7 +356,7 @@ TARGETS = {
 
 def markdown(rows, pairs):
     """The rows as mean +- standard deviation over seeds, and the paired differences"""
-    spread = lambda v: "-" if not len(v) or np.isnan(v).all() else f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "")
+    spread = lambda v: "-" if not len(v) else f"{np.mean(v):.3f}" + (f" ± {sd_of(v):.3f}" if len(v) > 1 else "")
     columns = list(dict.fromkeys(k for row in rows.values() for k in row))
     lines = [["", *columns], ["---"] * (1 + len(columns))] + [[name, *(spread(row.get(k, [])) for k in columns)] for name, row in rows.items()]
     for a, b in pairs:
@@ -353,7 +374,7 @@ def main(argv):
     parser.add_argument("target", choices=[*TARGETS, "all"])
     parser.add_argument("--preset", default="tiny", choices=KILO)
     parser.add_argument("--variant", default="main", choices=VARIANTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args(argv)
     lab = Lab(args.preset, args.variant, args.seeds)
     for target in TARGETS if args.target == "all" else [args.target]:
@@ -361,7 +382,8 @@ def main(argv):
         for seed in args.seeds:
             for run in runs:
                 lab.train(run, seed)
-        out = os.path.join("out", "reproduce", "-".join([target] + [v for v in (args.preset, args.variant) if v not in ("tiny", "main")]))
+        other = [v for v in (args.preset, args.variant) if v not in ("tiny", "main")] + [f"seed{s}" for s in args.seeds if args.seeds != SEEDS]
+        out = os.path.join("out", "reproduce", "-".join([target, *other]))
         rows, pairs = show(lab, out)
         text = markdown(rows, pairs) if rows else ""
         print(f"\n{target}: {show.__doc__} (n = {len(args.seeds)} seeds; mean ± standard deviation; differences are paired by seed, p of a t-test)\n{text}")

@@ -1666,12 +1666,12 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
     monkeypatch.setitem(reproduce.RUNS, "two-stage", "--dit_weights pretrained@ --mode two-stage --lam_steps 30K --wm_steps 2K")
     monkeypatch.setitem(reproduce.MEASURES, "probe", "evaluate.py --task probe --transitions 70 --seeds SEED")
     reproduce.main(["table1", "--seeds", "3"])
-    made = json.load(open("out/reproduce/table1.json"))
+    made = json.load(open("out/reproduce/table1-seed3.json"))
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python ")]
     assert printed == made["commands"] and len(printed) == 5
     assert [line.split()[1] for line in printed] == ["train.py"] * 3 + ["evaluate.py"] * 2 and all("--seed" in line for line in printed)
     assert "--init" not in printed[0] and "--warmup 8 --e2e 24" in printed[2] and "joint/ckpt-00000030.pt" in printed[4]
-    table = open("out/reproduce/table1.md").read()
+    table = open("out/reproduce/table1-seed3.md").read()
     one = made["rows"]["held-out: LAM30K"]["l1"][0]
     assert f"| held-out: LAM30K | {one:.3f} |" in table and "*held-out: WARM8K+E2E22K minus held-out: LAM30K*" in table
     # what is there is not made again; what was stopped goes on; what other flags made is made anew
@@ -1686,8 +1686,9 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
     assert [p[0] for p in printed] == ["train.py", "evaluate.py", "evaluate.py"] and printed[0][2].endswith("joint")
     assert (folder / "two-stage/metrics.jsonl").stat().st_mtime_ns == before and log.read_text().splitlines(keepends=True)[-1] == whole[-1]
     monkeypatch.setitem(reproduce.RUNS, "joint", "--dit_weights nowhere --warmup 8K --e2e 24K")
-    with pytest.raises(SystemExit, match="this failed.*nowhere"):
-        reproduce.main(["table1", "--seeds", "3"])
+    for _ in range(2):                          # the second time too: what other flags made does not stand in
+        with pytest.raises(SystemExit, match="this failed.*nowhere"):
+            reproduce.main(["table1", "--seeds", "3"])
 
 
 def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
@@ -1699,7 +1700,7 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
         """Two phases of logs: a number is seed + step / 10,000"""
         trained.append((run, seed))
         os.makedirs(lab.folder(run, seed), exist_ok=True)
-        rows = [{"event": "align", "phase": "wm", "step": 750, "nmi": 0.9}]
+        rows = [{"event": "align", "phase": "warmup", "step": 0} | dict.fromkeys(keys, 7), {"event": "align", "phase": "wm", "step": 750, "nmi": 0.9}]
         rows += [{"event": e, "phase": "lam" if step <= 750 else "wm", "step": step} | dict.fromkeys(keys, seed + step / 10000) for step in range(50, 1501, 50)
                  for e in ("train", "eval")]
         with open(os.path.join(lab.folder(run, seed), "metrics.jsonl"), "w") as f:
@@ -1723,6 +1724,7 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
     assert read("fig2")["pre IDM + pre WM"]["max_usage"] == [0.075, 1.075, 2.075]                # at 30K = 750 steps
     assert read("fig2")["two-stage LAM"] == dict.fromkeys(("utilization", "max_usage", "entropy"), [0.075, 1.075, 2.075]) | {"nmi": [0.9] * 3}
     assert read("table2")["tank: WARM8K+E2E30K"]["psnr"] == [9, 10, 11] and read("table4")["naive 38K"]["average"] == [14, 15, 16]
+    assert read("warmup")["before"]["cka"] == [7] * 3 and read("warmup")["no warm-up (naive), after 8K"]["cka"] == [0.02, 1.02, 2.02]
     assert {run for run, _ in trained} == set(reproduce.RUNS) - {"pretrained"}
     assert "| *WARM8K+E2E30K minus naive 38K* | 0.000 ± 0.000 |" in open("out/reproduce/table4.md").read()
     a, b = [1.0, 2.0, 4.0], [0.5, 1.0, 2.0]
