@@ -356,7 +356,7 @@ TARGETS = {
 
 def markdown(rows, pairs):
     """The rows as mean +- standard deviation over seeds, and the paired differences"""
-    spread = lambda v: "-" if not len(v) else f"{np.mean(v):.3f}" + (f" ± {sd_of(v):.3f}" if len(v) > 1 else "")
+    spread = lambda v: "-" if not len(v) else f"{np.mean(v):.4g}" + (f" ± {sd_of(v):.2g}" if len(v) > 1 else "")
     columns = list(dict.fromkeys(k for row in rows.values() for k in row))
     lines = [["", *columns], ["---"] * (1 + len(columns))] + [[name, *(spread(row.get(k, [])) for k in columns)] for name, row in rows.items()]
     for a, b in pairs:
