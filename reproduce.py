@@ -181,7 +181,7 @@ def sd_of(values):
 
 def plot(path, curves, titles, levels={}, mark=None):
     """A panel a key, a line an arm: the mean over seeds and a band of one standard deviation. levels: {arm: {key: [values]}}, dashed"""
-    figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(titles), figsize=(max(6, 3.6 * len(titles)), 3.2), layout="constrained", squeeze=False)
     for axis, (key, title) in zip(axes[0], titles.items()):
         for arm, (steps, values) in curves.items():
             mean, sd = values[key].mean(0), sd_of(values[key])
@@ -194,7 +194,7 @@ def plot(path, curves, titles, levels={}, mark=None):
         if key in CODEBOOK:
             axis.set_ylim(-0.03, 1.03)
         axis.set_title(title, fontsize=10), axis.set_xlabel("steps"), axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
