@@ -1686,6 +1686,7 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
     assert [p[0] for p in printed] == ["train.py", "evaluate.py", "evaluate.py"] and printed[0][2].endswith("joint")
     assert (folder / "two-stage/metrics.jsonl").stat().st_mtime_ns == before and log.read_text().splitlines(keepends=True)[-1] == whole[-1]
     monkeypatch.setitem(reproduce.RUNS, "joint", "--dit_weights nowhere --warmup 8K --e2e 24K")
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
     for _ in range(2):                          # the second time too: what other flags made does not stand in
         with pytest.raises(SystemExit, match="this failed.*nowhere"):
             reproduce.main(["table1", "--seeds", "3"])
