@@ -1660,6 +1660,7 @@ def test_robodesk_that_cannot_be_used_says_why(monkeypatch):
 
 def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(reproduce.KILO, "tiny", 1)
     monkeypatch.setitem(reproduce.VARIANTS, "main", shlex.join(["--pretrain", "2", *SMALL, "--log_every", "30"]))
     monkeypatch.setitem(reproduce.RUNS, "joint", "--dit_weights pretrained@ --warmup 8K --e2e 24K")
