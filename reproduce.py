@@ -238,7 +238,7 @@ def fig4a(lab, out):
     for arm, run in {"pure warm-up": "warmup", "warm-up + e2e": "joint"}.items():
         found = [[lab.measure("probe", f"{run}@{k}", seed)["held-out"] for k in at] for seed in lab.seeds]
         curves[arm] = np.array([lab.steps(k) for k in at]), {c: np.array([[row[c][0] for row in rows] for rows in found]) for c in ("l1", "l1_constant")}
-    plot(out + ".png", curves, {"l1": "probe L1, held-out robot"}, rows_at(curves) and {"constant predictor": {"l1": curves["pure warm-up"][1]["l1_constant"][:, 0]}})
+    plot(out + ".png", curves, {"l1": "probe L1, held-out robot"}, {"constant predictor": {"l1": curves["pure warm-up"][1]["l1_constant"][:, 0]}})
     return rows_at(curves), [("warm-up + e2e", "pure warm-up")]
 
 
