@@ -1335,7 +1335,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_collapsed_codebook_raises_the_alarm_once_and_the_run_goes_on(tmp_path):
-    run("train.py", "--name", "k", "--pretrain", 0, "--warmup", 0, "--e2e", 8, *SMALL, "--latent_scale", "1e-6", cwd=tmp_path)
+    run("train.py", "--name", "k", "--pretrain", 0, "--warmup", 0, "--e2e", 8, *SMALL, "--standardize", 0, "--latent_scale", 0.01, cwd=tmp_path)
     rows, last = result(tmp_path, "k")
     assert [r["message"] for r in rows if r["event"] == "alarm"] == ["the codebook has collapsed: nearly all transitions have the same codes"]
     assert last["event"] == "result"
