@@ -67,7 +67,12 @@ MEASURES = {
     "codebook": "evaluate.py --task codebook",
     "transfer": "evaluate.py --task transfer",
     "plan": "plan.py --samples 32 --seeds SEED",
+    "plan-bounds": "plan.py --samples 32 --random --oracle --seeds SEED",
 }
+
+
+def says(file, text):
+    return os.path.exists(file) and open(file).read() == text
 
 
 class Lab:
@@ -106,9 +111,6 @@ class Lab:
         if done.returncode:
             sys.exit(f"reproduce.py: this failed: {command}")
 
-    def is_of(self, file, recipe):
-        return os.path.exists(file) and open(file).read() == recipe
-
     def train(self, run, seed):
         """Train a run, and what it starts from, unless that is done. Returns its recipe: its command, then theirs."""
         parents = [self.train(word.split("@")[0], seed) for word in RUNS[run].split() if "@" in word]
@@ -117,7 +119,7 @@ class Lab:
         flags = ["--name", os.path.relpath(out, "out"), "--preset", self.preset, "--seed", str(seed), *flags]
         command = self.command("train.py", flags)
         recipe, metrics, note = "\n".join([command, *parents]), os.path.join(out, "metrics.jsonl"), out + ".txt"
-        if self.is_of(note, recipe) and os.path.exists(metrics):
+        if says(note, recipe) and os.path.exists(metrics):
             if '"event": "result"' in open(metrics).read():
                 return recipe
             flags = ["--resume", out]
@@ -142,7 +144,7 @@ class Lab:
         flags = ["--ckpt", self.checkpoint(ckpt, seed), *flags, "--out", out]
         command = self.command(script, flags)
         recipe, note = f"{command}\n{trained}", out + ".txt"
-        if not self.is_of(note, recipe):
+        if not says(note, recipe):
             self.execute(command, flags)
             with open(note, "w") as f:                      # once it is whole
                 f.write(recipe)
@@ -150,7 +152,7 @@ class Lab:
             results = json.load(f)
         if at and results["step"] != self.steps(at):
             sys.exit(f"reproduce.py: {ckpt} is of step {results['step']}, not {self.steps(at)}: {command}")
-        return results["tables"][task] if task != "transfer" else os.path.join(out, "samples", "transfer.gif")
+        return results["tables"][task.split("-")[0]] if task != "transfer" else os.path.join(out, "samples", "transfer.gif")
 
 
 # what the runs say ----------------------------------------------------------------------------------------------------
@@ -316,15 +318,19 @@ def table3(lab, out):
         for arm, ckpt in ADAPTED.items():
             found = [lab.measure("adapt", ckpt, seed)[kind] for seed in lab.seeds]
             rows[f"{name}: {arm}"] = {c: [v for f in found for v in f[c]] for c in ("psnr", "ssim", "rfvd", "code_accuracy") if c in found[0]}
+    still = [lab.measure("adapt", "two-stage-adapted@", seed)["copy"] for seed in lab.seeds]            # the same clips for every arm
+    rows["first frame held still"] = {c: [v for f in still for v in f[c]] for c in ("psnr", "ssim", "rfvd")}
     return rows, [(f"{n}: WARM8K+E2E30K", f"{n}: {arm}") for n in ("GT-LAM", "real action") for arm in ("LAM30K+WM30K", "naive 38K")]
 
 
 def table4(lab, out):
-    """Planning with worlds adapted to the held-out robot: success rate on the toy tasks"""
+    """Planning with worlds adapted to the held-out robot: success rate on the toy tasks, between random actions and the true simulator"""
+    agents = {arm: (ckpt, "plan", "world") for arm, ckpt in ADAPTED.items()}
+    agents |= {name: ("two-stage-adapted@", "plan-bounds", agent) for name, agent in {"random actions": "random", "true simulator": "oracle"}.items()}
     rows = {}
-    for arm, ckpt in ADAPTED.items():
-        for task in ("reach", "push"):
-            rows.setdefault(arm, {})[task] = [v for seed in lab.seeds for v in lab.measure("plan", ckpt, seed)[f"{task} world"]["success"]]
+    for arm, (ckpt, task, agent) in agents.items():
+        found = [lab.measure(task, ckpt, seed) for seed in lab.seeds]
+        rows[arm] = {goal: [v for f in found for v in f[f"{goal} {agent}"]["success"]] for goal in ("reach", "push")}
         rows[arm]["average"] = np.mean([rows[arm]["reach"], rows[arm]["push"]], 0).tolist()
     return rows, [("WARM8K+E2E30K", "LAM30K+WM30K"), ("WARM8K+E2E30K", "naive 38K")]
 

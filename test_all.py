@@ -1711,7 +1711,8 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
     def measure(self, task, ckpt, seed):
         cells = dict.fromkeys(("l1", "l1_constant", "r2", "nmi", "psnr", "ssim", "rfvd", "controllability", *reproduce.CODEBOOK, "success"), [seed + len(ckpt)])
         names = [f"{r}{v}" for r in reproduce.ROBOTS for v in ("", " inferred", " fdm", " copy")]
-        names += ["training", "inferred, held-out", "adapter, held-out", "inferred", "adapted", "reach world", "push world"]
+        names += ["training", "inferred, held-out", "adapter, held-out", "inferred", "adapted", "copy"]
+        names += [f"{goal} {agent}" for goal in ("reach", "push") for agent in ("world", *("random", "oracle") * (task == "plan-bounds"))]
         if task == "transfer":
             (tmp_path / "a.gif").write_bytes(b"GIF")
             return "a.gif"
@@ -1726,6 +1727,7 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
     assert read("fig2")["pre IDM + pre WM"]["max_usage"] == [0.075, 1.075, 2.075]                # at 30K = 750 steps
     assert read("fig2")["two-stage LAM"] == dict.fromkeys(("utilization", "max_usage", "entropy"), [0.075, 1.075, 2.075]) | {"nmi": [0.9] * 3}
     assert read("table2")["tank: WARM8K+E2E30K"]["psnr"] == [9, 10, 11] and read("table4")["naive 38K"]["average"] == [14, 15, 16]
+    assert read("table4")["random actions"]["reach"] == read("table4")["true simulator"]["push"] == [18, 19, 20] and read("table3")["first frame held still"]["psnr"] == [18, 19, 20]
     assert read("warmup")["before"]["cka"] == [7] * 3 and read("warmup")["no warm-up (naive), after 8K"]["cka"] == [0.02, 1.02, 2.02]
     assert {run for run, _ in trained} == set(reproduce.RUNS) - {"pretrained"}
     assert "| *WARM8K+E2E30K minus naive 38K* | 0 ± 0 |" in open("out/reproduce/table4.md").read()
