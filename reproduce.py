@@ -2,6 +2,7 @@
 
     python reproduce.py fig2                            # fig3, fig4a, fig4b, fig5, fig6, table1 ... table4, warmup, all
     python reproduce.py fig2 --variant unstandardized --seeds 0 1 2    # under other conditions
+    python reproduce.py causes --variant light-vq       # under all conditions whose names begin so, side by side
 
 A run or a measurement is made once, by the command that is printed, and shared by all figures that need it; what was
 interrupted goes on. Seeds are independent: start one process a seed (OMP_NUM_THREADS=1), and one for all at the end;
@@ -44,6 +45,7 @@ RUNS = {
     "naive": "--dit_weights pretrained@ --warmup 0 --e2e 60K",
     "naive-trained": "--dit_weights pretrained@ --warmup 0 --e2e 30K --init_lam two-stage@30K",
     "both-random": "--pretrain 0 --warmup 0 --e2e 30K",
+    "joint-24K": "--dit_weights pretrained@ --warmup 24K --e2e 36K",
     "warmup": "--dit_weights pretrained@ --warmup 30K --e2e 0",
     "warmup-4K": "--init warmup@4K --warmup 0 --e2e 12K",
     "warmup-8K": "--init warmup@8K --warmup 0 --e2e 12K",
@@ -56,9 +58,15 @@ RUNS = {
 }
 KEPT = ("4K", "8K", "14K", "16K", "22K", "24K", "30K", "38K")            # checkpoints that something starts from or measures
 COMMON = "--vq_start 0 --cooldown 0 --real_share 0 --lr_warmup 2K --log_every 2K --eval_every 1000K --ckpt_every 2K --keep 30 --eval_clips 64 --eval_transitions 2048"
+LIGHT = "--standardize 0 --latent_scale 0.1"
 VARIANTS = {
     "main": "",                                     # the devices of the preset, but quantized from the first step
     "unstandardized": "--standardize 0 --latent_scale 0.3",     # the IDM's output times a constant, which two-stage learns with
+    "light-vq": LIGHT,                              # a third of that: the VQ losses weigh a ninth
+    "light-vq-pretrain-3000": f"{LIGHT} --pretrain 3000",
+    "light-vq-bidirectional": f"{LIGHT} --causal 0",            # pre-training, as Open-Sora's was
+    "light-vq-low-lr": f"{LIGHT} --lr 5e-4",
+    "light-vq-action-std": f"{LIGHT} --action_std 1",           # actions move the generator more from the start
 }
 MEASURES = {
     "probe": "evaluate.py --task probe --transitions 4096 --seeds SEED",
@@ -76,14 +84,15 @@ def says(file, text):
 
 
 class Lab:
-    """The runs and measurements of one preset and variant, by seed."""
+    """The runs and measurements of one preset, variant and time scale, by seed."""
 
-    def __init__(self, preset, variant, seeds):
-        self.preset, self.variant, self.seeds, self.kilo = preset, variant, seeds, KILO[preset]
+    def __init__(self, preset, variant, seeds, kilo=None):
+        self.preset, self.variant, self.seeds, self.kilo = preset, variant, seeds, kilo or KILO[preset]
+        self.name = "-".join([preset, variant] + [f"kilo{kilo}"] * (self.kilo != KILO[preset]))
         self.commands = []              # that a target takes, as printed
 
     def folder(self, run, seed):
-        return os.path.join("out", "reproduce", f"{self.preset}-{self.variant}", str(seed), run)
+        return os.path.join("out", "reproduce", self.name, str(seed), run)
 
     def steps(self, text):
         return int(text[:-1]) * self.kilo
@@ -201,6 +210,19 @@ def plot(path, curves, titles, levels={}, mark=None):
     plt.close(figure)
 
 
+def bars(path, rows, arms, groups, keys):
+    """A panel a key, a bar for each row `arm, group`"""
+    figure, axes = plt.subplots(1, len(keys), figsize=(10, 3.2), layout="constrained")
+    for axis, key in zip(axes, keys):
+        for i, arm in enumerate(arms):
+            values = [rows[f"{arm}, {group}"][key] for group in groups]
+            axis.bar(np.arange(len(groups)) + 0.4 * i - 0.2, np.mean(values, 1), 0.38, yerr=sd_of(np.transpose(values)), label=arm)
+        axis.set_xticks(range(len(groups)), [g.replace(" ", "\n") for g in groups], fontsize=8), axis.set_title(CODEBOOK[key], fontsize=10)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 CODEBOOK = {"utilization": "codebook utilization", "max_usage": "max usage", "entropy": "entropy", "nmi": "NMI with the true action (cross, held-out)"}
 ALIGN = {"latent_var": "variance of latent actions", "cka": "CKA of latent actions and action features",
          "sensitivity": "change of velocity by swapped actions", "grad_cosine": "cosine of successive IDM gradients", "nmi": "NMI with the true action"}
@@ -261,15 +283,7 @@ def fig5(lab, out):
             for where, found in {"training": base["training"], "inferred": adapted["inferred, held-out"], "adapter": adapted["adapter, held-out"]}.items():
                 for k, v in found.items():
                     rows.setdefault(f"{arm}, {where}", {}).setdefault(k, []).extend(v)
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    for axis, key in zip(axes, CODEBOOK):
-        for i, arm in enumerate(("two-stage", "joint")):
-            values = [rows[f"{arm}, {where}"][key] for where in ("training", "inferred", "adapter")]
-            axis.bar(np.arange(3) + 0.4 * i - 0.2, np.mean(values, 1), 0.38, yerr=sd_of(np.transpose(values)), label=arm)
-        axis.set_xticks(range(3), ("training", "inferred", "adapter")), axis.set_title(CODEBOOK[key], fontsize=10)
-    axes[0].legend(fontsize=7)
-    figure.savefig(out + ".png", dpi=100)
-    plt.close(figure)
+    bars(out + ".png", rows, ("two-stage", "joint"), ("training", "inferred", "adapter"), ("utilization", "max_usage", "entropy"))
     return rows, [("joint, adapter", "two-stage, adapter")]
 
 
@@ -344,6 +358,23 @@ def warmup(lab, out):
     return start | rows, [(f"warm-up, then joint, after {k}", f"no warm-up (naive), after {k}") for k in ("2K", "8K", "38K")]
 
 
+def causes(lab, out):
+    """Codebook after 60K steps of joint training, without a warm-up and with 24K of it, under conditions that differ in one setting each"""
+    settings = {"as it is": lab.variant} | {v[len(lab.variant) + 1:].replace("-", " "): v for v in VARIANTS if v.startswith(lab.variant + "-")}
+    rows = {}
+    for setting, variant in settings.items():
+        other = Lab(lab.preset, variant, lab.seeds, lab.kilo)
+        other.commands = lab.commands
+        for run in ("pretrained", "naive", "joint-24K"):
+            for seed in lab.seeds:
+                other.train(run, seed)
+        for arm, run in {"naive": "naive", "warm-up": "joint-24K"}.items():
+            rows |= rows_at({f"{arm}, {setting}": curve(other, run, CODEBOOK)})
+            rows[f"{arm}, {setting}"]["pre-trained loss"] = curve(other, "pretrained", ["loss"], ("result",))[1]["loss"][:, -1].tolist()
+    bars(out + ".png", rows, ("naive", "warm-up"), settings, ("max_usage", "nmi"))
+    return rows, [(f"warm-up, {s}", f"naive, {s}") for s in settings]
+
+
 # target: its runs, and what is made of them
 TARGETS = {
     "fig2": (["naive", "naive-trained", "both-random", "joint", "two-stage"], fig2),
@@ -357,6 +388,7 @@ TARGETS = {
     "fig5": (["two-stage-adapted", "joint-adapted"], fig5),
     "fig6": (["joint"], fig6),
     "table4": (["two-stage-adapted", "joint-adapted", "naive-adapted"], table4),
+    "causes": (["naive", "joint-24K"], causes),
 }
 
 
@@ -380,15 +412,18 @@ def main(argv):
     parser.add_argument("target", choices=[*TARGETS, "all"])
     parser.add_argument("--preset", default="tiny", choices=KILO)
     parser.add_argument("--variant", default="main", choices=VARIANTS)
+    parser.add_argument("--kilo", type=int, help="our steps for 1,000 of the paper's (tiny 25, small 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args(argv)
-    lab = Lab(args.preset, args.variant, args.seeds)
+    if args.kilo is not None and args.kilo < 1:
+        parser.error(f"--kilo {args.kilo}: must be at least 1")
+    lab = Lab(args.preset, args.variant, args.seeds, args.kilo)
     for target in TARGETS if args.target == "all" else [args.target]:
         lab.commands, (runs, show) = [], TARGETS[target]
         for seed in args.seeds:
             for run in runs:
                 lab.train(run, seed)
-        other = [v for v in (args.preset, args.variant) if v not in ("tiny", "main")] + [f"seed{s}" for s in args.seeds if args.seeds != SEEDS]
+        other = [v for v in lab.name.split("-") if v not in ("tiny", "main")] + [f"seed{s}" for s in args.seeds if args.seeds != SEEDS]
         out = os.path.join("out", "reproduce", "-".join([target, *other]))
         rows, pairs = show(lab, out)
         text = markdown(rows, pairs) if rows else ""

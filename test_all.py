@@ -1695,7 +1695,7 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
 
 def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    lab, keys = reproduce.Lab("tiny", "main", []), [*reproduce.CODEBOOK, *reproduce.ALIGN, "psnr", "controllability"]
+    lab, keys = reproduce.Lab("tiny", "main", []), [*reproduce.CODEBOOK, *reproduce.ALIGN, "psnr", "controllability", "loss"]
     trained = []
 
     def train(self, run, seed):
@@ -1704,7 +1704,7 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
         os.makedirs(lab.folder(run, seed), exist_ok=True)
         rows = [{"event": "align", "phase": "warmup", "step": 0} | dict.fromkeys(keys, 7), {"event": "align", "phase": "wm", "step": 750, "nmi": 0.9}]
         rows += [{"event": e, "phase": "lam" if step <= 750 else "wm", "step": step} | dict.fromkeys(keys, seed + step / 10000) for step in range(50, 1501, 50)
-                 for e in ("train", "eval")]
+                 for e in ("train", "eval", "result")]
         with open(os.path.join(lab.folder(run, seed), "metrics.jsonl"), "w") as f:
             f.writelines(json.dumps(r) + "\n" for r in rows)
 
@@ -1729,7 +1729,8 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
     assert read("table2")["tank: WARM8K+E2E30K"]["psnr"] == [9, 10, 11] and read("table4")["naive 38K"]["average"] == [14, 15, 16]
     assert read("table4")["random actions"]["reach"] == read("table4")["true simulator"]["push"] == [18, 19, 20] and read("table3")["first frame held still"]["psnr"] == [18, 19, 20]
     assert read("warmup")["before"]["cka"] == [7] * 3 and read("warmup")["no warm-up (naive), after 8K"]["cka"] == [0.02, 1.02, 2.02]
-    assert {run for run, _ in trained} == set(reproduce.RUNS) - {"pretrained"}
+    assert read("causes")["naive, as it is"] == read("causes")["warm-up, as it is"] and read("causes")["naive, as it is"]["pre-trained loss"] == [0.15, 1.15, 2.15]
+    assert {run for run, _ in trained} == set(reproduce.RUNS)
     assert "| *WARM8K+E2E30K minus naive 38K* | 0 ± 0 |" in open("out/reproduce/table4.md").read()
     a, b = [1.0, 2.0, 4.0], [0.5, 1.0, 2.0]
     assert f"1.167 ± 0.76 (p {paired_t(a, b)[1]:.2g})" in reproduce.markdown({"A": {"x": a}, "B": {"x": b}}, [("A", "B")])
