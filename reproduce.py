@@ -6,7 +6,7 @@
 
 A run or a measurement is made once, by the command that is printed, and shared by all figures that need it; what was
 interrupted goes on. Seeds are independent: start one process a seed (OMP_NUM_THREADS=1), and one for all at the end;
-but not two processes on one seed.
+but not two processes on one seed. What is there is not made anew when the code has changed: delete out/reproduce then.
 Output: out/reproduce/TARGET[-VARIANT][-seedN].json with the numbers of every seed, .png or .gif, and a table, .md.
 Training budgets are the paper's (section 4), all by one factor, KILO; those of pre-training and adaptation, COMMON and
 VARIANTS are ours.
@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -52,14 +53,14 @@ RUNS = {
     "warmup-16K": "--init warmup@16K --warmup 0 --e2e 12K",
     "warmup-24K": "--init warmup@24K --warmup 0 --e2e 12K",
     "frozen": "--dit_weights pretrained@ --warmup 8K --e2e 52K --eval_every 4K --freeze_lam",
-    "two-stage-adapted": "--mode adapt --data held-out --init two-stage@ --adapter_steps 300 --adapt_steps 300",
-    "joint-adapted": "--mode adapt --data held-out --init joint@38K --adapter_steps 300 --adapt_steps 300",
-    "naive-adapted": "--mode adapt --data held-out --init naive@38K --adapter_steps 300 --adapt_steps 300",
+    "two-stage-adapted": "--mode adapt --data held-out --init two-stage@ --adapter_steps 12K --adapt_steps 12K",
+    "joint-adapted": "--mode adapt --data held-out --init joint@38K --adapter_steps 12K --adapt_steps 12K",
+    "naive-adapted": "--mode adapt --data held-out --init naive@38K --adapter_steps 12K --adapt_steps 12K",
 }
 KEPT = ("4K", "8K", "14K", "16K", "22K", "24K", "30K", "38K")            # checkpoints that something starts from or measures
 COMMON = "--vq_start 0 --cooldown 0 --real_share 0 --lr_warmup 2K --log_every 2K --eval_every 1000K --ckpt_every 2K --keep 30 --eval_clips 64 --eval_transitions 2048"
 LIGHT = "--standardize 0 --latent_scale 0.1"
-VARIANTS = {
+VARIANTS = {                                        # numbers for tiny
     "main": "",                                     # the devices of the preset, but quantized from the first step
     "unstandardized": "--standardize 0 --latent_scale 0.3",     # the IDM's output times a constant, which two-stage learns with
     "light-vq": LIGHT,                              # a third of that: the VQ losses weigh a ninth
@@ -100,8 +101,14 @@ class Lab:
     def checkpoint(self, text, seed):
         """RUN@8K or RUN@ -> path; a run's last checkpoint is its folder"""
         run, at = text.split("@")
-        file = os.path.join(self.folder(run, seed), f"ckpt-{self.steps(at):08d}.pt") if at else ""
-        return file if os.path.exists(file) else self.folder(run, seed)
+        folder = self.folder(run, seed)
+        file = os.path.join(folder, f"ckpt-{self.steps(at):08d}.pt") if at else folder
+        if os.path.exists(file):
+            return file
+        with open(os.path.join(folder, "metrics.jsonl")) as f:
+            if json.loads(f.readlines()[-1])["step"] != self.steps(at):
+                sys.exit(f"reproduce.py: {file} is gone; delete {folder} and start again")
+        return folder
 
     def words(self, text, seed):
         """The words of a command with their steps, checkpoints and seeds filled in"""
@@ -112,10 +119,10 @@ class Lab:
         command = shlex.join(["python", script, *flags])
         if command not in self.commands:
             self.commands.append(command)
+            print(command, flush=True)
         return command
 
     def execute(self, command, flags):
-        print(command, flush=True)
         done = subprocess.run([sys.executable, os.path.join(HERE, command.split()[1]), *flags], stdout=subprocess.DEVNULL)
         if done.returncode:
             sys.exit(f"reproduce.py: this failed: {command}")
@@ -132,6 +139,7 @@ class Lab:
             if '"event": "result"' in open(metrics).read():
                 return recipe
             flags = ["--resume", out]
+            print(f"goes on by: python train.py --resume {out}")
         elif os.path.exists(metrics):
             os.replace(metrics, metrics + ".old")           # of another recipe; train.py moves its folder aside
         os.makedirs(os.path.dirname(out), exist_ok=True)
@@ -157,11 +165,10 @@ class Lab:
             self.execute(command, flags)
             with open(note, "w") as f:                      # once it is whole
                 f.write(recipe)
+        if task == "transfer":
+            return os.path.join(out, "samples", "transfer.gif")
         with open(os.path.join(out, "results.json")) as f:
-            results = json.load(f)
-        if at and results["step"] != self.steps(at):
-            sys.exit(f"reproduce.py: {ckpt} is of step {results['step']}, not {self.steps(at)}: {command}")
-        return results["tables"][task.split("-")[0]] if task != "transfer" else os.path.join(out, "samples", "transfer.gif")
+            return json.load(f)["tables"][task.split("-")[0]]
 
 
 # what the runs say ----------------------------------------------------------------------------------------------------
@@ -241,8 +248,9 @@ def fig2(lab, out):
     arms = {"rand IDM + pre WM (naive)": "naive", "pre IDM + pre WM": "naive-trained", "rand IDM + rand WM": "both-random", "warm-up, then joint": "joint"}
     curves = {arm: curve(lab, run, CODEBOOK, end=lab.steps("30K")) for arm, run in arms.items()}
     plot(out + ".png", curves, CODEBOOK, lam_level(lab))
-    return rows_at(curves) | lam_level(lab), [("warm-up, then joint", "rand IDM + pre WM (naive)"), ("warm-up, then joint", "pre IDM + pre WM"),
-                                              ("rand IDM + rand WM", "rand IDM + pre WM (naive)")]
+    naive = "rand IDM + pre WM (naive)"
+    return rows_at(curves) | lam_level(lab), [(naive, "two-stage LAM"), ("pre IDM + pre WM", "two-stage LAM"), ("warm-up, then joint", naive),
+                                              ("warm-up, then joint", "pre IDM + pre WM"), ("rand IDM + rand WM", naive)]
 
 
 def fig3(lab, out):
@@ -318,8 +326,9 @@ def table2(lab, out):
     rows |= by_source(lab, "predict", {"LAM30K, FDM's own rollout": "two-stage@"}, columns, "{} fdm")
     rows |= by_source(lab, "predict", {"first frame held still": "two-stage@"}, columns, "{} copy")
     rows = {r: rows[r] for s in ROBOTS for r in rows if r.startswith(s + ":")}
-    return rows, [(f"{s}: {a}", f"{s}: {b}") for s in ROBOTS for a, b in (("WARM8K+E2E52K", "LAM30K+WM30K"), ("WARM8K+E2E52K", "LAM8K+WM52K"),
-                                                                         ("WARM8K+E2E30K", "LAM8K+WM52K"), ("WARM8K+E2E52K", "naive 60K"))]
+    return rows, [(f"{s}: {a}", f"{s}: {b}") for s in ROBOTS for a, b in (
+        ("WARM8K+E2E52K", "LAM30K+WM30K"), ("WARM8K+E2E52K", "LAM8K+WM52K"), ("WARM8K+E2E30K", "LAM30K+WM30K"), ("WARM8K+E2E30K", "LAM8K+WM52K"),
+        ("WARM8K+E2E52K", "naive 60K"), ("naive 60K", "LAM30K+WM30K"), ("LAM30K, FDM's own rollout", "LAM30K+WM30K"))]
 
 
 ADAPTED = {"LAM30K+WM30K": "two-stage-adapted@", "WARM8K+E2E30K": "joint-adapted@", "naive 38K": "naive-adapted@"}
@@ -339,11 +348,11 @@ def table3(lab, out):
 
 def table4(lab, out):
     """Planning with worlds adapted to the held-out robot: success rate on the toy tasks, between random actions and the true simulator"""
-    agents = {arm: (ckpt, "plan", "world") for arm, ckpt in ADAPTED.items()}
-    agents |= {name: ("two-stage-adapted@", "plan-bounds", agent) for name, agent in {"random actions": "random", "true simulator": "oracle"}.items()}
+    agents = {arm: (ckpt, "world") for arm, ckpt in ADAPTED.items()}
+    agents |= {"random actions": ("two-stage-adapted@", "random"), "true simulator": ("two-stage-adapted@", "oracle")}
     rows = {}
-    for arm, (ckpt, task, agent) in agents.items():
-        found = [lab.measure(task, ckpt, seed) for seed in lab.seeds]
+    for arm, (ckpt, agent) in agents.items():
+        found = [lab.measure("plan-bounds" if ckpt == "two-stage-adapted@" else "plan", ckpt, seed) for seed in lab.seeds]
         rows[arm] = {goal: [v for f in found for v in f[f"{goal} {agent}"]["success"]] for goal in ("reach", "push")}
         rows[arm]["average"] = np.mean([rows[arm]["reach"], rows[arm]["push"]], 0).tolist()
     return rows, [("WARM8K+E2E30K", "LAM30K+WM30K"), ("WARM8K+E2E30K", "naive 38K")]
@@ -386,7 +395,7 @@ TARGETS = {
     "table1": (["two-stage", "joint"], table1),
     "table3": (["two-stage-adapted", "joint-adapted", "naive-adapted"], table3),
     "fig5": (["two-stage-adapted", "joint-adapted"], fig5),
-    "fig6": (["joint"], fig6),
+    "fig6": ([], fig6),                 # of one seed
     "table4": (["two-stage-adapted", "joint-adapted", "naive-adapted"], table4),
     "causes": (["naive", "joint-24K"], causes),
 }
@@ -418,7 +427,7 @@ def main(argv):
     if args.kilo is not None and args.kilo < 1:
         parser.error(f"--kilo {args.kilo}: must be at least 1")
     lab = Lab(args.preset, args.variant, args.seeds, args.kilo)
-    for target in TARGETS if args.target == "all" else [args.target]:
+    for target in [t for t in TARGETS if t != "causes"] if args.target == "all" else [args.target]:
         lab.commands, (runs, show) = [], TARGETS[target]
         for seed in args.seeds:
             for run in runs:
@@ -426,16 +435,20 @@ def main(argv):
         other = [v for v in lab.name.split("-") if v not in ("tiny", "main")] + [f"seed{s}" for s in args.seeds if args.seeds != SEEDS]
         out = os.path.join("out", "reproduce", "-".join([target, *other]))
         rows, pairs = show(lab, out)
-        text = markdown(rows, pairs) if rows else ""
-        print(f"\n{target}: {show.__doc__} (n = {len(args.seeds)} seeds; mean ± standard deviation; differences are paired by seed, p of a t-test)\n{text}")
-        for end, content in {".json": json.dumps({"target": target, "preset": args.preset, "variant": args.variant, "seeds": args.seeds, "flags": f"{COMMON} {VARIANTS[args.variant]}",
-                                                  "steps of 1K": lab.kilo, "commands": lab.commands, "rows": rows}, indent=1), ".md": text}.items():
+        files = {".json": json.dumps({"target": target, "preset": args.preset, "variant": args.variant, "seeds": args.seeds, "steps of 1K": lab.kilo,
+                                      "commands": lab.commands, "rows": rows}, indent=1)}
+        print(f"\n{target}: {show.__doc__}")
+        if rows:
+            files[".md"] = markdown(rows, pairs)
+            print(f"n = {len(args.seeds)} seeds; mean ± standard deviation; differences are paired by seed, p of a t-test\n{files['.md']}")
+        for end, content in files.items():
             with open(out + end + ".part", "w") as f:
                 f.write(content)
             os.replace(out + end + ".part", out + end)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("reproduce.py: terminated; the same command goes on"))    # and its child ends with it
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

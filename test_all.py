@@ -1683,8 +1683,8 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
     before = (folder / "two-stage/metrics.jsonl").stat().st_mtime_ns
     monkeypatch.setitem(reproduce.MEASURES, "probe", "evaluate.py --task probe --transitions 71 --seeds SEED")
     reproduce.main(["table1", "--seeds", "3"])
-    printed = [line.split()[1:4] for line in capfd.readouterr().out.splitlines() if line.startswith("python ")]
-    assert [p[0] for p in printed] == ["train.py", "evaluate.py", "evaluate.py"] and printed[0][2].endswith("joint")
+    assert re.findall("^goes on by: .* ([^ ]+)$", capfd.readouterr().out, re.M) == ["out/reproduce/tiny-main/3/joint"]
+    assert all("--transitions 71" in (folder / run / "probe-30K.txt").read_text() for run in ("joint", "two-stage"))
     assert (folder / "two-stage/metrics.jsonl").stat().st_mtime_ns == before and log.read_text().splitlines(keepends=True)[-1] == whole[-1]
     monkeypatch.setitem(reproduce.RUNS, "joint", "--dit_weights nowhere --warmup 8K --e2e 24K")
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
@@ -1720,9 +1720,10 @@ def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce.Lab, "train", train)
     monkeypatch.setattr(reproduce.Lab, "measure", measure)
     reproduce.main(["all", "--seeds", "0", "1", "2"])
+    reproduce.main(["causes", "--seeds", "0", "1", "2"])
     files = set(os.listdir("out/reproduce"))
     pictures = {"fig2.png", "fig3.png", "fig4a.png", "fig4b.png", "fig5.png", "fig6.gif", "warmup.png"}
-    assert pictures | {f"{t}{end}" for t in reproduce.TARGETS for end in (".json", ".md")} <= files
+    assert pictures | {f"{t}.json" for t in reproduce.TARGETS} | {"causes.png", "table1.md", "causes.md"} <= files and "fig6.md" not in files
     read = lambda t: json.load(open(f"out/reproduce/{t}.json"))["rows"]
     assert read("fig2")["pre IDM + pre WM"]["max_usage"] == [0.075, 1.075, 2.075]                # at 30K = 750 steps
     assert read("fig2")["two-stage LAM"] == dict.fromkeys(("utilization", "max_usage", "entropy"), [0.075, 1.075, 2.075]) | {"nmi": [0.9] * 3}
