@@ -67,7 +67,6 @@ VARIANTS = {                                        # numbers for tiny
     "light-vq-pretrain-3000": f"{LIGHT} --pretrain 3000",
     "light-vq-bidirectional": f"{LIGHT} --causal 0",            # pre-training, as Open-Sora's was
     "light-vq-low-lr": f"{LIGHT} --lr 5e-4",
-    "light-vq-action-std": f"{LIGHT} --action_std 1",           # actions move the generator more from the start
 }
 MEASURES = {
     "probe": "evaluate.py --task probe --transitions 4096 --seeds SEED",
