@@ -1686,6 +1686,9 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
     assert re.findall("^goes on by: .* ([^ ]+)$", capfd.readouterr().out, re.M) == ["out/reproduce/tiny-main/3/joint"]
     assert all("--transitions 71" in (folder / run / "probe-30K.txt").read_text() for run in ("joint", "two-stage"))
     assert (folder / "two-stage/metrics.jsonl").stat().st_mtime_ns == before and log.read_text().splitlines(keepends=True)[-1] == whole[-1]
+    os.remove(folder / "joint/ckpt-00000030.pt")
+    with pytest.raises(SystemExit, match="ckpt-00000030.pt is gone"):      # the run's last one, of step 32, does not stand in
+        reproduce.main(["table1", "--seeds", "3"])
     monkeypatch.setitem(reproduce.RUNS, "joint", "--dit_weights nowhere --warmup 8K --e2e 24K")
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
     for _ in range(2):                          # the second time too: what other flags made does not stand in
@@ -1749,9 +1752,11 @@ def test_the_readme_quotes_the_code_and_names_what_is_there():
 
 
 def test_bad_targets_get_one_line(tmp_path):
-    for flags, word in ((["fig9"], "fig9"), (["fig2", "--variant", "odd"], "odd"), (["fig2", "--seeds", "x"], "x")):
+    for flags, word in ((["fig9"], "fig9"), (["fig2", "--variant", "odd"], "odd"), (["fig2", "--kilo", "0"], "--kilo 0")):
         assert word in complaint(run("reproduce.py", *flags, cwd=tmp_path, ok=False), "reproduce.py")
     assert not os.path.exists(tmp_path / "out")
+    slow = reproduce.Lab("tiny", "light-vq", [], 50)
+    assert slow.folder("naive", 0).endswith("tiny-light-vq-kilo50/0/naive") and slow.words("--warmup 8K", 0) == ["--warmup", "400"]
 
 
 # speed ----------------------------------------------------------------------------------------------------------------
