@@ -1582,7 +1582,8 @@ def test_planning_with_a_world_from_the_command_line(planner, judged):
 ])
 def test_bad_plans_get_one_line(args, words, judged, monkeypatch, capsys):
     if args in ([], ["--ckpt", "nowhere"]):
-        return complaint(run("plan.py", *args, cwd=judged[0], ok=False), "plan.py")
+        assert words in complaint(run("plan.py", *args, cwd=judged[0], ok=False), "plan.py")
+        return
     monkeypatch.chdir(judged[0])
     with pytest.raises((SystemExit, ValueError, desk.DeskError)) as error:      # what the others raise is printed alike
         plan.main(args)
