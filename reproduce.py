@@ -7,8 +7,8 @@
 A run or a measurement is made once, by the command that is printed, and shared by all figures that need it; what was
 interrupted goes on. Seeds are independent: start one process a seed (OMP_NUM_THREADS=1), and one for all at the end;
 but not two processes on one seed. What is there is not made anew when the code has changed: delete out/reproduce then.
-Output: out/reproduce/TARGET[-VARIANT][-seedN].json with the numbers of every seed, .png or .gif, and a table, .md.
-Training budgets are the paper's (section 4), all by one factor, KILO; those of pre-training and adaptation, COMMON and
+Output: out/reproduce/TARGET[-VARIANT][-kiloN][-seedN].json with the numbers of every seed, .png or .gif, and a table, .md.
+Training budgets are the paper's (section 4), all by one factor, KILO or --kilo; those of pre-training and adaptation, COMMON and
 VARIANTS are ours.
 """
 
