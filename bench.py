@@ -144,7 +144,7 @@ def main(argv):
     dtype, autocast = (torch.bfloat16, torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else (torch.float32, nullcontext())
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     numbers, say = {}, tqdm.write
-    bar = tqdm(total=2 + 3 * len(args.preset), dynamic_ncols=True, leave=False)
+    bar = tqdm(total=2 + 3 * len(args.preset), dynamic_ncols=True, disable=None, leave=False)
     rate = matmul_rate(device, dtype)
     bar.update()
     seek, start = decoding()

@@ -244,7 +244,7 @@ def index(root, files, inspect):
         stamps = {file: stamp(file) for file in files}
         fresh = [file for file in files if known.get(keys[file], {}).get("stamp") != stamps[file]]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = tqdm(pool.map(look, fresh), f"index of {os.path.basename(os.path.abspath(root))}", len(fresh), disable=len(fresh) < 20, leave=False)
+            bar = tqdm(pool.map(look, fresh), f"index of {os.path.basename(os.path.abspath(root))}", len(fresh), disable=True if len(fresh) < 20 else None, leave=False)
             for file, info in zip(fresh, bar):
                 known[keys[file]] = info | {"stamp": stamps[file]}
         if fresh:

@@ -196,7 +196,7 @@ def collect(folder, episodes, size=64, seed=0, steps=15):
     """Record the episodes that are not in the folder yet: 70 % scripted with noise, 30 % random."""
     os.makedirs(folder, exist_ok=True)
     desk = Desk(1, size)
-    for i in tqdm(range(episodes), "recording", dynamic_ncols=True):
+    for i in tqdm(range(episodes), "recording", dynamic_ncols=True, disable=None):
         rng = np.random.default_rng((seed, i))
         task, scripted = TASKS[rng.integers(len(TASKS))], rng.random() < 0.7
         path = os.path.join(folder, f"{'script' if scripted else 'random'}_{task}_{i:05d}")

@@ -335,7 +335,7 @@ def main(argv):
         pairs = problems(args, task, robot, size)
         for agent in agents:
             row = rows[f"{task} {agent}"] = {"success": [], "seconds a plan": []}
-            bar = tqdm(total=len(pairs) * len(args.seeds), desc=f"{task} {agent}", dynamic_ncols=True, leave=False)
+            bar = tqdm(total=len(pairs) * len(args.seeds), desc=f"{task} {agent}", dynamic_ncols=True, disable=None, leave=False)
             for seed in args.seeds:
                 won = []
                 for i, (make, goal, image) in enumerate(pairs):

@@ -25,13 +25,6 @@ import numpy as np
 from data import Parser
 from evaluate import paired_t
 
-try:
-    import matplotlib
-except ImportError:
-    sys.exit("reproduce.py: needs pip install -r requirements-extra.txt")
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 SEEDS = [0, 1, 2]
 KILO = {"tiny": 25, "small": 100}       # our steps for 1,000 steps of the paper
@@ -77,6 +70,17 @@ MEASURES = {
     "plan": "plan.py --samples 32 --seeds SEED",
     "plan-bounds": "plan.py --samples 32 --random --oracle --seeds SEED",
 }
+
+
+def pyplot():
+    """matplotlib, which draws into files; only who draws needs it."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("reproduce.py: needs pip install -r requirements-extra.txt")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
 def says(file, text):
@@ -198,6 +202,7 @@ def sd_of(values):
 
 def plot(path, curves, titles, levels={}, mark=None):
     """A panel a key, a line an arm: the mean over seeds and a band of one standard deviation. levels: {arm: {key: [values]}}, dashed"""
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(titles), figsize=(max(6, 3.6 * len(titles)), 3.2), layout="constrained", squeeze=False)
     for axis, (key, title) in zip(axes[0], titles.items()):
         for arm, (steps, values) in curves.items():
@@ -218,6 +223,7 @@ def plot(path, curves, titles, levels={}, mark=None):
 
 def bars(path, rows, arms, groups, keys):
     """A panel a key, a bar for each row `arm, group`"""
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(keys), figsize=(10, 3.2), layout="constrained")
     for axis, key in zip(axes, keys):
         for i, arm in enumerate(arms):
@@ -426,6 +432,7 @@ def main(argv):
     if args.kilo is not None and args.kilo < 1:
         parser.error(f"--kilo {args.kilo}: must be at least 1")
     lab = Lab(args.preset, args.variant, args.seeds, args.kilo)
+    pyplot()                            # before hours of training, not after
     for target in [t for t in TARGETS if t != "causes"] if args.target == "all" else [args.target]:
         lab.commands, (runs, show) = [], TARGETS[target]
         for seed in args.seeds:

@@ -27,6 +27,7 @@ import evaluate
 import plan
 import reproduce
 import toy
+from conftest import needs
 from data import Episodes, ToyClips, clips, loader, random_crop
 from dit import DiT, DiTConfig, KVCache, load_opensora
 from evaluate import align, cka, collapsed, frechet, nmi, paired_t, predict, probe, psnr, ssim
@@ -686,6 +687,7 @@ def test_actions_stay_aligned_with_their_frames(end, tmp_path, monkeypatch):
 
 
 def robomimic(file, demos=4, n=12):
+    needs("h5py")
     import h5py
     with h5py.File(file, "w") as f:
         for d in range(demos):
@@ -730,6 +732,7 @@ def test_robomimic_hdf5_is_read(tmp_path):
 
 def lerobot(root, version, lengths=(15, 12, 20), fps=10):
     """A LeRobot data set; frame t of every episode tells t, action t is (t, episode)."""
+    needs("pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
     old = version == "v2.1"
@@ -895,7 +898,10 @@ def test_200_damaged_files_are_counted_and_none_stops_the_run(tmp_path):
             if e.file.endswith("mp4") or made.get(e.file) == "truncated":
                 assert np.abs(frames.mean((1, 2, 3)) / 6 - np.arange(start, start + 4)).max() < 1.5
     assert source[range(50)]["video"].shape[0] == 50
-    from h5py import File
+
+
+def test_14_damaged_hdf5_files_are_counted_and_none_stops_the_run(tmp_path):
+    rng, hows = np.random.default_rng(0), ("truncated", "flipped", "zeros", "header", "empty", "text", "noise")
     robomimic(tmp_path / "good.hdf5", 1, 20)
     os.makedirs(tmp_path / "h5")
     for i in range(14):
@@ -1198,6 +1204,39 @@ def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in err and f"{os.path.join('out', 'a')}/ckpt.pt" in err.splitlines()[-1]
     load_world(str(kept))
+
+
+def test_ctrl_c_in_the_very_moment_a_checkpoint_gets_its_name(tmp_path):
+    code = """if True:
+        import os, sys, train
+        rename = os.replace
+
+        def interrupted(old, new):
+            rename(old, new)
+            if new.endswith("ckpt.pt"):
+                raise KeyboardInterrupt
+        os.replace = interrupted
+        train.main(sys.argv[1:])"""
+    done = subprocess.run([sys.executable, "-c", code, "--name", "a", "--pretrain", "9", "--ckpt_every", "5", *SMALL], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": HERE}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "the last checkpoint, of step 5, is out/a/ckpt.pt" in complaint(done)
+    load_world(str(tmp_path / "out/a"))
+
+
+def test_a_log_has_no_progress_bar_but_tells_the_speed(tmp_path):
+    done = run("train.py", "--name", "a", "--mode", "pretrain", "--pretrain", 4, *SMALL, cwd=tmp_path)
+    assert "\r" not in done.stdout + done.stderr and not done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("train: "))
+    assert all(word in line for word in (" step=2 ", " steps_per_second=", " minutes_left="))
+
+
+def test_the_command_that_the_project_is_for(tmp_path):
+    """`torchrun train.py --mode joint --warmup 8000` of the README, with tiny budgets."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", os.path.join(HERE, "train.py"), "--mode", "joint", "--warmup", "4"]
+    done = subprocess.run([*torchrun, "--pretrain", "2", "--e2e", "2", *SMALL], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "result: " in done.stdout, done.stdout + done.stderr
+    assert result(tmp_path, "toy")[1]["step"] == 8
 
 
 # stops of all kinds ---------------------------------------------------------------------------------------------------
@@ -1591,6 +1630,7 @@ def test_bad_plans_get_one_line(args, words, judged, monkeypatch, capsys):
 
 
 def test_robodesk_states_are_whole_and_success_is_its_own(tmp_path):
+    needs("robodesk")
     world = desk.Desk(2)
     states = world.reset(3)
     picture = world.render()
@@ -1617,6 +1657,7 @@ def test_robodesk_states_are_whole_and_success_is_its_own(tmp_path):
 
 
 def test_robodesk_episodes_are_recorded_once_and_serve_as_goals(tmp_path):
+    needs("robodesk")
     desk.collect(str(tmp_path / "a"), 2, steps=2)
     made = {f: os.path.getmtime(f) for f in map(str, (tmp_path / "a").iterdir())}
     assert len(made) == 4
@@ -1643,6 +1684,7 @@ def test_robodesk_episodes_are_recorded_once_and_serve_as_goals(tmp_path):
 
 
 def test_robodesk_that_cannot_be_used_says_why(monkeypatch):
+    needs("robodesk")
     world = desk.Desk()
     from dm_control import mujoco
     monkeypatch.setattr(mujoco.Camera, "render", lambda self: np.zeros((120, 120, 3), np.uint8))
@@ -1660,6 +1702,7 @@ def test_robodesk_that_cannot_be_used_says_why(monkeypatch):
 
 
 def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capfd):
+    needs("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(reproduce.KILO, "tiny", 1)
@@ -1698,6 +1741,7 @@ def test_a_table_is_made_by_the_commands_it_prints_and_goes_on_where_it_was_stop
 
 
 def test_every_target_draws_what_the_runs_logged(tmp_path, monkeypatch, capsys):
+    needs("matplotlib")
     monkeypatch.chdir(tmp_path)
     lab, keys = reproduce.Lab("tiny", "main", []), [*reproduce.CODEBOOK, *reproduce.ALIGN, "psnr", "controllability", "loss"]
     trained = []

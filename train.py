@@ -175,6 +175,15 @@ def restarted(out):
         return json.load(f).get("torchrun") == os.getppid()
 
 
+def last_checkpoint(out):
+    """What a run that was stopped can go on from. The folder knows: memory may be a moment behind it."""
+    try:
+        state, file = newest(out)
+    except ValueError:
+        return "no checkpoint was written yet"
+    return f"the last checkpoint, of step {state['step']}, is {file}"
+
+
 def flag(kind, text):
     if kind is not bool:
         return kind(text)
@@ -288,6 +297,11 @@ def fit_codebook(world, dataset, clips=256):
     world.lam.vq.fit(torch.cat(z).flatten(0, 2))
     if dist.is_initialized():
         dist.broadcast(world.lam.vq.codebook.data, 0)
+
+
+def speed(done, left, seconds):
+    """How fast a run goes, and how long it has to go"""
+    return {"steps_per_second": round(done / seconds, 2), "minutes_left": round(left * seconds / done / 60, 1)}
 
 
 def open_data(cfg):
@@ -454,8 +468,7 @@ def main(argv):
 
     def halt(why, status=1):
         bar.close()
-        kept = f"the last checkpoint, of step {saved[0]}, is {saved[1]}" if saved else "no checkpoint was written yet"
-        stop(f"{why} at step {step}; {kept}", status)
+        stop(f"{why} at step {step}; {last_checkpoint(out)}", status)
 
     optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=cuda or None)
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
@@ -477,7 +490,8 @@ def main(argv):
     terminated, ends, ended = [], torch.zeros(2, device=device), False
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
     end, trained, alarmed = 0, set(), False
-    bar = tqdm(total=sum(p["steps"] for p in phases(cfg)), initial=step, disable=not master, dynamic_ncols=True)
+    bar = tqdm(total=sum(p["steps"] for p in phases(cfg)), initial=step, disable=None if master else True, dynamic_ncols=True)
+    first_step, first_time = step, time.time()
     try:
         for phase in phases(cfg):
             start, end = end, end + phase["steps"]
@@ -552,7 +566,8 @@ def main(argv):
                                    "the same codes" if alarmed else "the codebook has recovered", max_usage=shown["max_usage"])
                     if idm_grad is not None and before is not None:
                         shown["grad_cosine"] = F.cosine_similarity(before, idm_grad, 0).item()
-                    record("train", phase=phase["name"], step=step, **shown, **diagnose(), lr=lr, seconds=round(time.time() - began, 1))
+                    record("train", phase=phase["name"], step=step, **shown, **diagnose(), lr=lr, seconds=round(time.time() - began, 1),
+                           **speed(step - first_step, bar.total - step, time.time() - first_time))
                     bar.set_postfix_str(f"{phase['name']} loss {shown['loss']:.4f}")
                 if step % cfg.ckpt_every == 0 or step == end or ended:
                     checkpoint()
