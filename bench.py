@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 import data
 import plan
-import train
-from dit import KVCache
-from flow import Draw, build, sample
+from checkpoint import build
+from config import PRESETS, parse
+from flow import Draw, sample
 from lam import Adapter
+from transformer import KVCache
 
 
 def seconds(f, device, repeat=5):
@@ -133,7 +134,7 @@ def decoding(frames=3000, h=144, w=256, clip=8, draws=8):
 
 def main(argv):
     parser = data.Parser(__doc__)
-    parser.add_argument("--preset", nargs="+", default=["tiny"], choices=train.PRESETS)
+    parser.add_argument("--preset", nargs="+", default=["tiny"], choices=PRESETS)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py over the preset, such as hidden=384")
     parser.add_argument("--batch", type=int, help="clips a training step (the preset's)")
     parser.add_argument("--samples", type=int, default=200, help="candidates of a plan")
@@ -152,7 +153,7 @@ def main(argv):
     say(f"device {name}; torch {torch.__version__}; {dtype} matrix product {rate / 1e9:.0f} GFLOP/s")
     say(f"decode: {seek:.1f} clips/s by seeking in two minutes of video, {start:.1f} from the start: x{seek / start:.1f}")
     for preset in args.preset:
-        cfg = train.parse([f"--preset={preset}", *(f"--{s}" for s in args.set), *(["--compile"] if args.compile else [])])
+        cfg = parse([f"--preset={preset}", *(f"--{s}" for s in args.set), *(["--compile"] if args.compile else [])])
         world = build(cfg, {"dit_weights", "vae_weights"}).to(device)
         world.lam.quantize = True
         batch = args.batch or max(1, cfg.batch // cfg.accumulate)

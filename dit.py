@@ -14,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from lam import MLP, Attention, Block, sincos_2d
-from vae import fill, open_weights
+from transformer import MLP, Attention, Block, sincos_2d
+from weights import fill, open_weights
 
 
 @dataclass
@@ -34,13 +34,6 @@ class DiTConfig:
     action_std: float = 0.01    # (ours) of the action MLP's last layer: fresh codes change the fixture's velocity by 0.3 %, yet gradient flows
     mlp_ratio: float = 4
     input_sq_size: int = 512    # side in pixels at which a token is one unit of the position grid
-
-
-class KVCache:
-    """Temporal keys and values of the clean past. A call of the DiT reads them, and adds its own while `append`."""
-
-    def __init__(self):
-        self.past, self.frames, self.append = {}, 0, True
 
 
 class Embedder(nn.Module):

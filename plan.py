@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 import desk
 import toy
+from checkpoint import load_checkpoint, restore
 from data import Parser, to_video
 from evaluate import save_gif, save_results, table
-from flow import Draw, load_checkpoint, restore
+from flow import Draw
+from metrics import wilson
 
 
 def proposals(mean, std, samples, beta=0.5, low=-1.0, high=1.0, generator=None):
@@ -197,12 +199,6 @@ def episode(agent, make, task, goal, image, world, classifier, args, seed):
     if dreamed:                                                 # before the first plan there is no dream
         videos.insert(1, torch.cat([seen[:, :, :1 + args.wait], torch.stack(dreamed, 1).cpu()[None]], 2)[:, :, :len(frames)])
     return success, float(np.mean(seconds)), videos
-
-
-def wilson(rate, n, z=1.96):
-    """95 % confidence interval of a share of n (Wilson 1927)."""
-    middle, spread = rate + z ** 2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z ** 2 / (4 * n ** 2))
-    return max(0.0, (middle - spread) / (1 + z ** 2 / n)), min(1.0, (middle + spread) / (1 + z ** 2 / n))
 
 
 # the command line -----------------------------------------------------------------------------------------------------

@@ -29,13 +29,16 @@ import reproduce
 import toy
 from conftest import needs
 from data import Episodes, ToyClips, clips, loader, random_crop
-from dit import DiT, DiTConfig, KVCache, load_opensora
-from evaluate import align, cka, collapsed, frechet, nmi, paired_t, predict, probe, psnr, ssim
-from flow import Draw, FlowConfig, World, build, load_checkpoint, load_world, sample, shift_time, time_ratio
+from checkpoint import LatentCache, build, load_checkpoint, load_world
+from config import parse
+from dit import DiT, DiTConfig, load_opensora
+from evaluate import align, predict
+from flow import Draw, FlowConfig, World, sample, shift_time, time_ratio
 from lam import LAM, Adapter, LAMConfig, Standardize
-from train import parse
-from vae import LatentCache, OpenSoraVAE, PixelVAE, load_opensora_vae
-from vq import VectorQuantizer, codebook_metrics
+from metrics import cka, codebook_metrics, collapsed, frechet, nmi, paired_t, probe, psnr, ssim
+from transformer import KVCache
+from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
+from vq import VectorQuantizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STDIT, VAE = (os.path.join(HERE, "assets", "fixtures", name) for name in ("stdit3_tiny", "vae_tiny"))
@@ -915,6 +918,7 @@ def test_memory_stays_flat_over_drawn_clips(films, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MEMORY", 0)                                      # keep nothing
     robomimic(tmp_path / "a.hdf5")
     mixture = clips(f"{films} {tmp_path}/a.hdf5@camera=agentview_image", 16, 4)
+    before = 0
     resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20
     for i in range(0, 600, 20):
         mixture[range(i, i + 20)]

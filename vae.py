@@ -3,20 +3,18 @@
 `PixelVAE` is the identity, for models that work on pixels (presets tiny and small). `OpenSoraVAE` is the video VAE of
 Open-Sora v1.2 (hpcaitech/Open-Sora, branch opensora/v1.2): an image VAE (AutoencoderKL, Rombach et al. 2022) takes each
 frame to 8x8 times smaller latents, a causal 3-D VAE (after MAGVIT-v2, Yu et al. 2024) takes 4 frames of those to one.
-Module names are those of the released weights. Also here: reading weights that others made.
+Module names are those of the released weights.
 """
 
-import hashlib
-import json
 import os
-import zipfile
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
+
+from weights import fill, open_weights
 
 
 class PixelVAE(nn.Module):
@@ -322,101 +320,3 @@ def load_opensora_vae(path):
     return vae.eval().requires_grad_(False)
 
 
-# reading weights ------------------------------------------------------------------------------------------------------
-
-
-def open_weights(path):
-    """A folder with config.json and model.safetensors, or a .safetensors, .pt or .pth file of tensors by name.
-
-    Returns:
-        the config, {} if there is none, and a function that maps the file into memory: dict of tensors. Dropping the
-        dict unmaps it.
-    """
-    path = os.fspath(path)
-    file, config = path, os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    if os.path.isdir(path):
-        file = os.path.join(path, "model.safetensors")
-        if not (os.path.isfile(config) and os.path.isfile(file)):
-            raise ValueError(f"{path}: not a released folder, which holds config.json and model.safetensors")
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-
-    def read():
-        try:
-            found = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-        except Exception as error:                              # whatever a broken file makes the readers raise
-            raise ValueError(f"{file}: cannot be read as weights: damaged, or more than tensors ({type(error).__name__})") from None
-        if not (isinstance(found, dict) and found and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items())):
-            raise ValueError(f"{file}: not a state dict (tensors by name)")
-        return found
-
-    try:
-        with open(config) as f:
-            settings = json.load(f)
-    except OSError:
-        settings = {}
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{config}: not a JSON object")
-    return settings, read
-
-
-def fill(model, read, path, skip=()):
-    """Copy a checkpoint into a model on the meta device, every tensor accounted for by name and shape.
-
-    The model gets memory after all checks have passed, and none if the default device is meta: then only the checks are
-    made. The file is mapped anew for every few tensors, so that the pages of those already read do not stay: the peak is
-    about the model itself.
-
-    Returns:
-        how many parameters were loaded, and how many skipped: those with a string of `skip` in their names.
-    """
-    theirs = {k: v.shape for k, v in read().items()}
-    skipped = [k for k in theirs if any(s in k for s in skip)]
-    mine = {k: v.shape for k, v in model.state_dict().items()}
-    problems = {"missing": [k for k in mine if k not in theirs],
-                "unexpected": [k for k in theirs if k not in mine and k not in skipped],
-                "of another shape": [f"{k} {tuple(theirs[k])} instead of {tuple(mine[k])}" for k in mine
-                                     if k in theirs and theirs[k] != mine[k]]}
-    if any(problems.values()):
-        raise ValueError(f"{path}: " + "; ".join(f"{len(v)} tensors {k}, e.g. {v[0]}" for k, v in problems.items() if v))
-    target, names = model.to_empty(device=torch.get_default_device()).state_dict(), list(mine)
-    for i in range(0, len(names), 8):
-        part = read()
-        for k in names[i:i + 8]:
-            target[k].copy_(part[k])
-    count = lambda keys: sum(theirs[k].numel() for k in keys)
-    return count(mine), count(skipped)
-
-
-# cache ----------------------------------------------------------------------------------------------------------------
-
-
-class LatentCache:
-    """Latents of clips on disk, one file a clip, named by a hash of its pixels, of the VAE's weights and of the precision:
-    whatever changes, a stale latent is never found.
-    """
-
-    def __init__(self, vae, folder):
-        self.vae, self.folder, self.key = vae, folder, hashlib.blake2b()
-        self.key.update(str(vae.chunk).encode())
-        for tensor in vae.state_dict().values():
-            self.key.update(tensor.cpu().numpy())
-        os.makedirs(folder, exist_ok=True)
-
-    def encode(self, clips, video):
-        """uint8 clips (b, t, h, w, 3) and the same as video (b, 3, t, h, w) in [-1, 1] -> latents (b, c, l, h, w)"""
-        files = []
-        for clip in clips:
-            key = self.key.copy()
-            key.update(f"{tuple(clip.shape)} {torch.is_autocast_enabled()}".encode())
-            key.update(clip.contiguous().numpy())
-            files.append(os.path.join(self.folder, key.hexdigest()[:32] + ".pt"))
-        new = [i for i, file in enumerate(files) if not os.path.exists(file)]
-        if new:
-            for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
-                part = f"{files[i]}.{os.getpid()}"
-                torch.save(latent.clone(), part)
-                os.replace(part, files[i])
-        return torch.stack([torch.load(file, weights_only=True) for file in files]).to(video.device)

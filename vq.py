@@ -4,8 +4,6 @@ Paper: section 3.2 and appendix B.1 (32 codes of 32 dimensions, 2 tokens a trans
 after van den Oord et al. 2017, arXiv 1711.00937, eq. 3.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,21 +48,3 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(centres)
 
 
-def codebook_metrics(indices, num_codes):
-    """How much of the codebook is in use (Figures 2, 3, 5).
-
-    Args:
-        indices: codes of any shape, tokens pooled.
-        num_codes: size of the codebook.
-
-    Returns:
-        dict of floats in [0, 1]: `utilization`, the share of codes used at all; `max_usage`, the share of the most
-        used code; `entropy` of the usage, divided by log(num_codes).
-    """
-    usage = torch.bincount(indices.flatten(), minlength=num_codes).cpu().double()
-    p = usage / usage.sum()
-    return {
-        "utilization": (usage > 0).double().mean().item(),
-        "max_usage": p.max().item(),
-        "entropy": -(p * p.clamp(min=1e-12).log()).sum().item() / math.log(num_codes),
-    }
