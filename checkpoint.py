@@ -1,4 +1,8 @@
-"""A run's state on disk: checkpoints, and a World made from one or from train.py's settings; latents of clips."""
+"""A run's state on disk: its checkpoints, the World that one holds or that settings ask for, latents of
+clips.
+
+What is wrong with something that the user named is a `UserError`, one line.
+"""
 
 import glob
 import hashlib
@@ -9,8 +13,10 @@ from dataclasses import replace
 
 import torch
 
-from dit import DiT, DiTConfig, load_opensora
+from config import sizes
+from dit import DiT, DiTConfig, action_depth, load_opensora
 from flow import FlowConfig, World
+from formats import UserError, whole
 from lam import LAM, Adapter, LAMConfig
 from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
 
@@ -19,54 +25,73 @@ def load_checkpoint(path):
     """What `train.py` saved, from a run's folder or a checkpoint file, on the CPU.
 
     Raises:
-        FileNotFoundError: nothing at `path`.
-        ValueError: damaged, or not a checkpoint of ours.
+        UserError: nothing there, damaged, or not a checkpoint of ours.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise UserError(f"no checkpoint at {path}")
     try:
         damaged = zipfile.ZipFile(path).testzip()               # torch.load does not look at the checksums
         state = torch.load(path, "cpu", mmap=True, weights_only=True)
-        state["world"], state["lam"], state["dit"]
-    except Exception as error:                                  # whatever a broken file makes the readers raise
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({str(error).splitlines()[0]})") from None
-    if damaged:
-        raise ValueError(f"{path}: not a whole checkpoint of train.py (checksum of {damaged})")
+        missing = {"world", "lam", "dit"} - state.keys()
+    except Exception as error:                  # whatever a broken file makes the readers raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a whole checkpoint of train.py ({reason})") from None
+    if damaged or missing:
+        reason = f"checksum of {damaged}" if damaged else f"without {min(missing)}"
+        raise UserError(f"{path}: not a whole checkpoint of train.py ({reason})")
     return state
 
 
 def checkpoints(out):
     """Checkpoint files of a run, newest first."""
-    return [f for f in [os.path.join(out, "ckpt.pt")] if os.path.exists(f)] + sorted(glob.glob(os.path.join(out, "ckpt-*.pt")), reverse=True)
+    older = sorted(glob.glob(os.path.join(glob.escape(out), "ckpt-*.pt")), reverse=True)
+    newest = os.path.join(out, "ckpt.pt")
+    return [newest] + older if os.path.exists(newest) else older
 
 
 def save(out, keep, before, **state):
-    """Write out/ckpt.pt atomically; the one before, of step `before`, becomes ckpt-STEP.pt, and `keep` of those stay."""
+    """Write out/ckpt.pt whole; the one before, of step `before`, becomes ckpt-STEP.pt, and `keep` of those
+    stay."""
     path = os.path.join(out, "ckpt.pt")
-    torch.save(state, path + ".part")
-    if before is not None:
-        os.replace(path, os.path.join(out, f"ckpt-{before:08d}.pt"))
-    os.replace(path + ".part", path)
+    with whole(path) as part:
+        torch.save(state, part)
+        if before is not None:
+            os.replace(path, os.path.join(out, f"ckpt-{before:08d}.pt"))
     for old in checkpoints(out)[1 + keep:]:
         os.remove(old)
 
 
 def newest(out):
-    """Content of the newest checkpoint that is whole, and its file; those that are not are named."""
+    """Content of a run's newest checkpoint that is whole, and its file; those that are not are named on
+    stderr."""
     for path in checkpoints(out):
         try:
             return load_checkpoint(path), path
-        except ValueError as error:
+        except UserError as error:
             print(f"  {error}; trying the one before", file=sys.stderr)
-    raise ValueError(f"--resume {out}: no checkpoint to go on from")
+    raise UserError(f"--resume {out}: no checkpoint to go on from")
+
+
+# a World from a checkpoint ---------------------------------------------------------------------------
+
+
+def lam_config(fields):
+    """LAMConfig from a checkpoint's dict. Earlier versions had two more fields, which `odd` decides now."""
+    fields = dict(fields)
+    pairs, difference = fields.pop("pairs", fields["odd"]), fields.pop("difference", False)
+    if pairs != fields["odd"] or difference:
+        raise UserError("its LAM was trained with --pairs or --difference, which are gone; "
+                        "use the version that trained it")
+    return LAMConfig(**fields)
 
 
 def restore(state, vae_weights=None):
     """World from a checkpoint's content. vae_weights: where Open-Sora's VAE lies now, if it has moved."""
     config = state["world"]
-    vae = PixelVAE() if config["vae"] == "none" else load_opensora_vae(vae_weights or config["vae"])
-    world = World(LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"])), vae, FlowConfig(**config["flow"]))
+    vae = PixelVAE() if config["vae"] == "none" else open_vae(vae_weights or config["vae"])
+    lam, dit = LAM(lam_config(config["lam"])), DiT(DiTConfig(**config["dit"]))
+    world = World(lam, dit, vae, FlowConfig(**config["flow"]))
     world.lam.load_state_dict(state["lam"])
     world.dit.load_state_dict(state["dit"])
     world.lam.quantize = state["quantize"]
@@ -77,68 +102,113 @@ def restore(state, vae_weights=None):
 
 
 def load_world(path, device="cpu", vae_weights=None):
-    """Trained World, in eval mode, from a run's folder or a checkpoint file; raises what `load_checkpoint` does."""
+    """Trained World, in eval mode, from a run's folder or a checkpoint file; raises what `load_checkpoint`
+    does."""
     return restore(load_checkpoint(path), vae_weights).to(device).eval()
+
+
+# a World from settings -------------------------------------------------------------------------------
+
+
+def open_vae(path):
+    try:
+        return load_opensora_vae(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(error) from None
 
 
 def load_generator(path, **action):
     """DiT with the weights of a run of ours or of Open-Sora, and fresh action modules."""
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "ckpt.pt")):
-        return load_opensora(path, **action)
+    ours = os.path.isdir(path) and os.path.exists(os.path.join(path, "ckpt.pt"))
+    if ours or not os.path.isdir(path):
+        try:
+            state = load_checkpoint(path)
+        except UserError:
+            if ours:
+                raise
+        else:
+            dit = DiT(replace(DiTConfig(**state["world"]["dit"]), **action))
+            body = {name: w for name, w in state["dit"].items() if not name.startswith("action.")}
+            dit.load_state_dict(dit.state_dict() | body)
+            return dit
     try:
-        state = load_checkpoint(path)
-    except ValueError:
-        if os.path.isdir(path):
-            raise
         return load_opensora(path, **action)
-    dit = DiT(replace(DiTConfig(**state["world"]["dit"]), **action))
-    dit.load_state_dict(dit.state_dict() | {k: v for k, v in state["dit"].items() if not k.startswith("action.")})
-    return dit
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(error) from None
+
+
+def build_lam(cfg):
+    """A fresh LAM by train.py's settings, or the one that --init_lam names; with an FDM only in two-stage
+    mode."""
+    fdm_depth = cfg.lam_depth if cfg.mode == "two-stage" else 0
+    if cfg.init_lam == "none":
+        heads = cfg.lam_width // min(64, cfg.lam_width // 2)
+        lam = LAM(LAMConfig(**sizes(cfg, "lam"), heads=heads, fdm_depth=fdm_depth))
+        lam.quantize = cfg.vq_start == 0
+        return lam
+    trained = load_checkpoint(cfg.init_lam)
+    lam = LAM(replace(lam_config(trained["world"]["lam"]), fdm_depth=fdm_depth))
+    fresh = {name: w for name, w in lam.state_dict().items() if name.startswith("fdm.")}
+    idm_and_codes = {name: w for name, w in trained["lam"].items() if not name.startswith("fdm.")}
+    lam.load_state_dict(fresh | idm_and_codes)
+    lam.quantize = trained["quantize"]
+    return lam
 
 
 def build(cfg, absent=()):
-    """World by train.py's settings, with fresh weights but for what --init, --init_lam, --dit_weights and --vae_weights bring, unless it is `absent`.
+    """World by train.py's settings.
 
-    LAM and generator are seeded apart, so that all modes start from the same ones.
+    Weights are fresh but for what --init, --init_lam, --dit_weights and --vae_weights bring, unless that
+    is `absent` (names of settings, for a dry run). LAM and generator are seeded apart, so that all modes
+    start from the same.
+
+    Raises:
+        UserError: a file that is not what its setting wants, sizes that do not fit.
     """
-    if cfg.init != "none":
-        world = restore(load_checkpoint(cfg.init), None if cfg.vae_weights == "none" else cfg.vae_weights)
-        world.adapter = None
-    else:
-        trained = load_checkpoint(cfg.init_lam) if cfg.init_lam != "none" else None
-        sizes = trained["world"]["lam"] if trained else dict(
-            size=cfg.lam_size, patch=cfg.lam_patch, width=cfg.lam_width, depth=cfg.lam_depth, heads=cfg.lam_heads, num_codes=cfg.num_codes,
-            code_dim=cfg.code_dim, tokens=cfg.tokens, pairs=cfg.pairs, odd=cfg.odd, difference=cfg.difference, standardize=cfg.standardize,
-            latent_scale=cfg.latent_scale)
-        torch.manual_seed(cfg.seed)
-        lam = LAM(LAMConfig(**sizes | {"fdm_depth": cfg.fdm_depth if cfg.mode == "two-stage" else 0}))
-        lam.quantize = cfg.vq_start == 0
-        if trained:
-            lam.load_state_dict({k: v for k, v in lam.state_dict().items() if k.startswith("fdm.")}
-                                | {k: v for k, v in trained["lam"].items() if not k.startswith("fdm.")})
-            lam.quantize = trained["quantize"]
-        vae = PixelVAE() if cfg.vae_weights == "none" else OpenSoraVAE() if "vae_weights" in absent else load_opensora_vae(cfg.vae_weights)
-        action = dict(action_dim=vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim, action_depth=cfg.action_depth,
-                      action_scale=lam.cfg.latent_scale, action_std=cfg.action_std)
-        torch.manual_seed(cfg.seed)
-        if cfg.dit_weights == "none" or "dit_weights" in absent:
-            outputs = vae.channels if cfg.vae_weights == "none" else 2 * vae.channels
-            dit = DiT(DiTConfig(cfg.hidden, cfg.heads, cfg.depth, vae.channels, cfg.patch, outputs, vae.pixel_stride, **action))
+    try:
+        if cfg.init != "none":
+            world = restore(load_checkpoint(cfg.init), None if cfg.vae_weights == "none" else cfg.vae_weights)
+            world.adapter = None
         else:
-            dit = load_generator(cfg.dit_weights, **action)
-        world = World(lam, dit, vae)
-    side = world.dit.cfg.patch * world.vae.pixel_stride
-    if cfg.size % side:
-        raise ValueError(f"--size {cfg.size} is not a multiple of {side}, the side of the DiT's patch in pixels")
-    world.cfg = FlowConfig(cfg.time_shift, real_share=cfg.real_share, window=world.vae.latent_frames(cfg.frames) - 1, sampling_steps=cfg.sampling_steps, guidance=cfg.guidance)
-    for t in (cfg.frames, cfg.eval_frames):
-        world.check_frames(t)
+            world = build_parts(cfg, absent)
+        side = world.dit.cfg.patch * world.vae.pixel_stride
+        if cfg.size % side:
+            raise ValueError(f"--size {cfg.size} is not a multiple of {side}, the DiT's patch in pixels")
+        window = world.vae.latent_frames(cfg.frames) - 1
+        world.cfg = FlowConfig(**sizes(cfg, "flow"), window=window)
+        for t in (cfg.frames, cfg.eval_frames):
+            world.check_frames(t)
+    except ValueError as error:
+        raise UserError(error) from None
     return world
 
 
+def build_parts(cfg, absent):
+    torch.manual_seed(cfg.seed)
+    lam = build_lam(cfg)
+    if cfg.vae_weights == "none":
+        vae = PixelVAE()
+    else:
+        vae = OpenSoraVAE() if "vae_weights" in absent else open_vae(cfg.vae_weights)
+    action = dict(action_dim=vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim,
+                  action_scale=lam.cfg.latent_scale, action_std=cfg.action_std)     # of DiTConfig
+    torch.manual_seed(cfg.seed)
+    if cfg.dit_weights == "none" or "dit_weights" in absent:
+        outputs = vae.channels if cfg.vae_weights == "none" else 2 * vae.channels
+        latents = dict(channels=vae.channels, out_channels=outputs, pixel_stride=vae.pixel_stride)
+        dit = DiT(DiTConfig(**sizes(cfg, "dit") | action | latents, action_depth=action_depth(cfg.depth)))
+    else:
+        dit = load_generator(cfg.dit_weights, **action)
+    return World(lam, dit, vae)
+
+
+# latents of clips ------------------------------------------------------------------------------------
+
+
 class LatentCache:
-    """Latents of clips on disk, one file a clip, named by a hash of its pixels, of the VAE's weights and of the precision:
-    whatever changes, a stale latent is never found.
+    """Latents of clips on disk, one file a clip, named by a hash of its pixels, of the VAE's weights and
+    of the
+    precision: whatever changes, a stale latent is never found.
     """
 
     def __init__(self, vae, folder):
@@ -149,17 +219,19 @@ class LatentCache:
         os.makedirs(folder, exist_ok=True)
 
     def encode(self, clips, video):
-        """uint8 clips (b, t, h, w, 3) and the same as video (b, 3, t, h, w) in [-1, 1] -> latents (b, c, l, h, w)"""
-        files = []
-        for clip in clips:
-            key = self.key.copy()
-            key.update(f"{tuple(clip.shape)} {torch.is_autocast_enabled()}".encode())
-            key.update(clip.contiguous().numpy())
-            files.append(os.path.join(self.folder, key.hexdigest()[:32] + ".pt"))
+        """uint8 clips (b, t, h, w, 3), the same as video (b, 3, t, h, w) in [-1, 1] -> latents (b, c, l,
+        h, w)"""
+        files = [self.file(clip) for clip in clips]
         new = [i for i, file in enumerate(files) if not os.path.exists(file)]
         if new:
             for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
-                part = f"{files[i]}.{os.getpid()}"
+                part = f"{files[i]}.{os.getpid()}"              # ranks may write the same file at once
                 torch.save(latent.clone(), part)
                 os.replace(part, files[i])
         return torch.stack([torch.load(file, weights_only=True) for file in files]).to(video.device)
+
+    def file(self, clip):
+        key = self.key.copy()
+        key.update(f"{tuple(clip.shape)} {torch.is_autocast_enabled()}".encode())
+        key.update(clip.contiguous().numpy())
+        return os.path.join(self.folder, key.hexdigest()[:32] + ".pt")

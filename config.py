@@ -1,173 +1,303 @@
-"""Settings, presets, phases, and the command line of train.py."""
+"""Settings, presets, phases, and the command line that sets them.
 
+A setting is written once, in its field of `Config`: default, help, bounds, the model size that it is.
+Presets are plain dicts over those defaults. `phases` says what a run does: a phase is a row of data, the
+loop is the same for all.
+Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe).
+"""
+
+import glob
 import json
 import os
 import shlex
-from dataclasses import dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from checkpoint import checkpoints
 from data import TOY, Parser
 
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
+def setting(default, help, least=0, below=float("inf"), choices=None, size=None, changes=False):
+    """A field of `Config`.
+
+    Args:
+        least, below: bounds of a number, least <= value < below.
+        choices: of a text.
+        size: the field of LAMConfig, DiTConfig or FlowConfig that it is, such as "lam.patch".
+        changes: whether a run that is resumed may change it.
+    """
+    return field(default=default, metadata=dict(help=help, least=least, below=below, choices=choices,
+                                                size=size, changes=changes))
 
 
 @dataclass
 class Config:
     # the run
-    name: str = setting("toy", "run name; everything is written to out/NAME, an older run there is moved aside")
+    name: str = setting("toy", "all is written to out/NAME; an older run there is moved aside", changes=True)
     preset: str = setting("tiny", "tiny (a laptop's CPU), small (one GPU) or opensora (the paper)")
-    mode: str = setting("joint", "joint: the generator is the forward model; two-stage: first LAM with FDM, then the generator on the frozen LAM; "
-                        "pretrain: the generator alone, without actions; adapt: to the real actions of --data, from --init")
-    data: str = setting("toy", "toy, or files and folders of video, HDF5 or LeRobot data, several with weights: see python data.py --help")
+    mode: str = setting("joint", "joint: the generator is the forward model; two-stage: first LAM with "
+                                 "FDM, then the generator on the frozen LAM; pretrain: the generator "
+                                 "alone, without actions; adapt: to the real actions of --data, from "
+                                 "--init", choices=("joint", "two-stage", "pretrain", "adapt"))
+    data: str = setting("toy", "toy, or files and folders of video, HDF5 or LeRobot data, several with "
+                               "weights: see python data.py --help")
     seed: int = setting(0, "seed of weights, data order and noise")
-    pretrain: int = setting(300, "steps without actions, on web clips for the toy world; none with --dit_weights or --init")
-    causal: bool = setting(True, "pretrain: temporal attention is causal, as afterwards; 0: bidirectional, as Open-Sora was trained")
-    warmup: int = setting(100, "joint: steps with the generator frozen")
-    e2e: int = setting(3000, "joint: steps end to end")
-    lam_steps: int = setting(1500, "two-stage: steps of LAM and FDM")
-    wm_steps: int = setting(1600, "two-stage: steps of the world model on the frozen LAM")
-    adapter_steps: int = setting(1000, "adapt: steps of the adapter from real actions to codes, on 4 batches each")
-    adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM")
-    real_share: float = setting(0.5, "(ours) adapt: share of clips that the adapter drives, so that the world learns what real actions do where they "
-                                "fail, as at a wall; the paper: 0, all driven by inferred actions")
+    init: str = setting("none", "run or checkpoint whose LAM, generator, action modules to start from")
+    init_lam: str = setting("none", "run or checkpoint whose LAM to start from")
+    resume: str = setting("none", "run folder to go on in, with its settings", changes=True)
+    dit_weights: str = setting("none", "generator to start from: Open-Sora's folder or file, or our run "
+                                       "(without its action modules)")
+    vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file; none: the model works on pixels",
+                               changes=True)
+    # phases
+    pretrain: int = setting(300, "steps without actions; none with --dit_weights or --init", changes=True)
+    causal: bool = setting(True, "pretrain: causal attention, as afterwards; 0: as Open-Sora, bidirectional")
+    warmup: int = setting(100, "joint: steps with the generator frozen", changes=True)
+    e2e: int = setting(3000, "joint: steps end to end", changes=True)
     freeze_lam: bool = setting(False, "joint: the LAM is frozen after warm-up")
-    init: str = setting("none", "run folder or checkpoint whose LAM, generator and action modules to start from, with their sizes")
-    init_lam: str = setting("none", "run folder or checkpoint whose LAM to start from, with its sizes")
-    resume: str = setting("none", "run folder to go on in, with its settings")
-    dit_weights: str = setting("none", "generator to start from, with its sizes: Open-Sora's folder or file, or a run of ours (not its action modules)")
-    vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file; none: the model works on pixels")
-    batch: int = setting(16, "clips a step, over all ranks")
-    accumulate: int = setting(1, "parts of a rank's batch that go through the model one after the other (--standardize sees each alone)")
-    frames: int = setting(2, "frames a training clip, T; dreams see the last T-1")
-    eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first")
-    size: int = setting(16, "pixels of a square frame")
+    lam_steps: int = setting(1500, "two-stage: steps of LAM and FDM", changes=True)
+    wm_steps: int = setting(1600, "two-stage: steps of the world model on the frozen LAM", changes=True)
+    adapter_steps: int = setting(1000, "adapt: steps of the adapter, on 4 batches each", changes=True)
+    adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM", changes=True)
+    real_share: float = setting(0.5, "(ours) adapt: share of clips that the adapter drives, so that the "
+                                     "world sees real actions fail, as at a wall; 0: all are driven by "
+                                     "inferred actions, as in the paper", size="flow.real_share")
+    # clips
+    batch: int = setting(16, "clips a step, over all ranks", least=1)
+    accumulate: int = setting(1, "parts in which a rank's batch goes through the model, to save memory "
+                                 "(--standardize sees each alone)", least=1, changes=True)
+    frames: int = setting(2, "frames a training clip, T; dreams see the last T-1", least=2)
+    eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first", least=2)
+    size: int = setting(16, "pixels of a square frame", least=1)
     crop: float = setting(1.0, "smallest side of the random crop, as a share of the frame; 1: none")
+    # learning
     lr: float = setting(2e-3, "learning rate (AdamW)")
     lr_warmup: int = setting(50, "steps of linear learning-rate warm-up")
-    cooldown: float = setting(0.3, "last share of the steps over which the learning rate falls to zero (ours); 0: constant")
+    cooldown: float = setting(0.3, "(ours) last share of the steps, in which the learning rate falls to zero")
     lam_lr: float = setting(0.1, "(ours) learning rate of IDM and codebook, as a share of --lr")
-    clip: float = setting(1.0, "largest norm of the gradient")
-    log_every: int = setting(50, "steps between log lines")
-    eval_every: int = setting(1000, "steps between evaluations on held-out clips")
-    eval_clips: int = setting(64, "held-out clips that are dreamed at the end, half as many before")
-    eval_transitions: int = setting(4096, "held-out transitions for probe and NMI at the end, a quarter before; half for the codebook")
-    ckpt_every: int = setting(500, "steps between checkpoints")
-    keep: int = setting(1, "older checkpoints to keep, as ckpt-STEP.pt")
-    device: str = setting("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps")
-    compile: bool = setting(False, "torch.compile the DiT")
-    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
-    latent_cache: str = setting("none", "folder that keeps the VAE's latents of clips for later epochs and runs; needs --crop 1")
-    dry_run: bool = setting(False, "check everything, print what would train, and stop")
+    # looking and keeping
+    log_every: int = setting(50, "steps between log lines", least=1, changes=True)
+    eval_every: int = setting(1000, "steps between evaluations on held-out clips", least=1, changes=True)
+    eval_clips: int = setting(64, "held-out clips dreamed at the end, half as many before", least=1,
+                              changes=True)
+    eval_transitions: int = setting(4096, "held-out transitions for probe and NMI at the end, a quarter "
+                                          "before; at most 2048 for the codebook", least=8, changes=True)
+    ckpt_every: int = setting(500, "steps between checkpoints", least=1, changes=True)
+    keep: int = setting(1, "older checkpoints to keep, as ckpt-STEP.pt", changes=True)
+    # the machine
+    device: str = setting("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps",
+                          choices=("auto", "cpu", "cuda", "mps"), changes=True)
+    compile: bool = setting(False, "torch.compile the DiT", changes=True)
+    activation_checkpointing: bool = setting(False, "a third slower, for less memory", changes=True)
+    latent_cache: str = setting("none", "folder for the VAE's latents of clips; needs --crop 1", changes=True)
+    dry_run: bool = setting(False, "check everything, print what would train, and stop", changes=True)
     # latent action model
-    lam_size: int = setting(16, "pixels of the IDM's square frame")
-    lam_patch: int = setting(4, "the IDM's patch")
-    lam_width: int = setting(64, "the IDM's width")
-    lam_depth: int = setting(2, "the IDM's blocks")
-    lam_heads: int = setting(2, "the IDM's attention heads")
-    num_codes: int = setting(8, "codes in the codebook")
-    code_dim: int = setting(16, "width of a code")
-    tokens: int = setting(2, "codes a transition")
-    latent_scale: float = setting(0.03, "(ours) scale of the latent actions: what the VQ losses' weight of 1 means")
-    pairs: bool = setting(True, "(ours) the IDM sees only the two frames of a transition")
-    odd: bool = setting(True, "(ours) latent actions are odd in time: the reversed pair has the opposite one")
-    difference: bool = setting(False, "(ours) the IDM sees frame differences instead of frames")
-    standardize: bool = setting(True, "(ours) normalise the IDM's output before quantizing")
-    fdm_depth: int = setting(2, "two-stage: blocks of the FDM")
-    vq_start: float = setting(0.39, "(ours) first share of the LAM's steps with continuous latent actions, after which k-means sets the codebook; 0: none")
+    lam_size: int = setting(16, "pixels of the IDM's square frame", least=1, size="lam.size")
+    lam_patch: int = setting(4, "the IDM's patch", least=1, size="lam.patch")
+    lam_width: int = setting(64, "the IDM's width; heads have 64 channels, or half the width",
+                             least=4, size="lam.width")
+    lam_depth: int = setting(2, "blocks of the IDM, and of the FDM", least=1, size="lam.depth")
+    num_codes: int = setting(8, "codes in the codebook", least=2, size="lam.num_codes")
+    code_dim: int = setting(16, "width of a code", least=1, size="lam.code_dim")
+    tokens: int = setting(2, "codes a transition", least=1, size="lam.tokens")
+    latent_scale: float = setting(0.03, "(ours) scale of latent actions, by which the VQ losses weigh",
+                                  size="lam.latent_scale")
+    odd: bool = setting(True, "(ours) latent actions are made of two frames alone, and the reversed pair has "
+                              "the opposite one", size="lam.odd")
+    standardize: bool = setting(True, "(ours) normalise the IDM's output before quantizing",
+                                size="lam.standardize")
+    vq_start: float = setting(0.39, "(ours) first share of the LAM's steps, in which latent actions are "
+                                    "continuous; then k-means sets the codebook", below=1)
     # world model
-    hidden: int = setting(128, "the DiT's width")
-    depth: int = setting(2, "the DiT's pairs of a spatial and a temporal block")
-    heads: int = setting(8, "the DiT's attention heads")
-    patch: int = setting(4, "the DiT's patch")
-    action_depth: int = setting(2, "causal blocks over the action sequence")
-    action_std: float = setting(0.2, "standard deviation of the action MLP's last layer at the start")
-    time_shift: str = setting("40", "flow-time shift: auto (Open-Sora's formula), none, or a number r")
-    sampling_steps: int = setting(10, "Euler steps of the sampler")
-    guidance: float = setting(1.0, "scale of action guidance; 1: none")
+    hidden: int = setting(128, "the DiT's width", least=4, size="dit.hidden")
+    depth: int = setting(2, "the DiT's pairs of a spatial and a temporal block", least=1, size="dit.depth")
+    heads: int = setting(8, "the DiT's attention heads", least=1, size="dit.heads")
+    patch: int = setting(4, "the DiT's patch", least=1, size="dit.patch")
+    action_std: float = setting(0.2, "standard deviation of the action MLP's last layer at the start",
+                                size="dit.action_std")
+    time_shift: str = setting("40", "flow-time shift: auto (Open-Sora's formula), none, or a number r",
+                              size="flow.time_shift")
+    sampling_steps: int = setting(10, "Euler steps of the sampler", least=1, size="flow.sampling_steps")
+    guidance: float = setting(1.0, "scale of action guidance; 1: none", size="flow.guidance")
 
 
 PRESETS = {
     "tiny": {},                 # the defaults above
     # not yet trained: no GPU was at hand
-    "small": dict(size=64, frames=16, eval_frames=16, batch=64, accumulate=4, hidden=384, depth=8, heads=6, action_depth=6, time_shift="100", crop=0.8,
-                  lam_size=64, lam_patch=8, lam_width=384, lam_depth=6, lam_heads=6, fdm_depth=6, num_codes=32, code_dim=32,
-                  pretrain=20000, warmup=8000, e2e=22000, lam_steps=15000, wm_steps=15000, adapt_steps=3000, lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
-    # the paper (appendix B); the share of the crop is ours. Paths are where a download beside the code would lie
-    "opensora": dict(data="videos", dit_weights="OpenSora-STDiT-v3", vae_weights="OpenSora-VAE-v1.2",
-                     size=256, frames=17, eval_frames=17, batch=128, crop=0.8, pretrain=0, warmup=8000, e2e=52000, lam_steps=30000,
-                     wm_steps=30000, adapt_steps=3000, real_share=0.0, lr=7.5e-5, lr_warmup=2000, cooldown=0.0, lam_lr=1.0, vq_start=0.0, pairs=False, odd=False, standardize=False, latent_scale=1.0,
-                     lam_size=224, lam_patch=14, lam_width=768, lam_depth=12, lam_heads=12, fdm_depth=12, num_codes=32, code_dim=32,
-                     hidden=1152, depth=28, heads=16, patch=2, action_depth=6, action_std=0.01, time_shift="auto", guidance=4.0,
-                     eval_every=2000, ckpt_every=1000),
+    "small": dict(
+        size=64, frames=16, eval_frames=16, crop=0.8, batch=64, accumulate=4,
+        hidden=384, depth=8, heads=6, time_shift="100",
+        lam_size=64, lam_patch=8, lam_width=384, lam_depth=6, num_codes=32, code_dim=32,
+        pretrain=20000, warmup=8000, e2e=22000, lam_steps=15000, wm_steps=15000, adapt_steps=3000,
+        lr=3e-4, lr_warmup=1000, eval_every=2000, ckpt_every=2000),
+    # the paper (appendix B); the share of the crop is ours. Paths: where a download beside the code would lie
+    "opensora": dict(
+        data="videos", dit_weights="OpenSora-STDiT-v3", vae_weights="OpenSora-VAE-v1.2",
+        size=256, frames=17, eval_frames=17, crop=0.8, batch=128,
+        hidden=1152, depth=28, heads=16, patch=2, action_std=0.01, time_shift="auto", guidance=4.0,
+        lam_size=224, lam_patch=14, lam_width=768, lam_depth=12, num_codes=32, code_dim=32,
+        pretrain=0, warmup=8000, e2e=52000, lam_steps=30000, wm_steps=30000, adapt_steps=3000,
+        lr=7.5e-5, lr_warmup=2000, eval_every=2000, ckpt_every=1000,
+        # none of our additions
+        real_share=0.0, cooldown=0.0, lam_lr=1.0, vq_start=0.0, odd=False, standardize=False,
+        latent_scale=1.0),
 }
 
+# settings of earlier versions, and the value with which a run of theirs can still be resumed (None: any)
+GONE = {"pairs": None, "difference": False, "fdm_depth": None, "lam_heads": None, "action_depth": None,
+        "clip": 1.0}
 
-# what may differ when a run is resumed
-CHANGEABLE = ("resume", "name", "pretrain", "warmup", "e2e", "lam_steps", "wm_steps", "adapter_steps", "adapt_steps", "log_every", "eval_every",
-              "eval_clips", "eval_transitions", "ckpt_every", "keep", "accumulate", "device", "compile", "activation_checkpointing", "latent_cache",
-              "vae_weights", "dry_run")
+
+def sizes(cfg, part):
+    """The settings that are fields of a part's own config: part "lam", "dit" or "flow" -> {field: value}"""
+    named = {f.metadata["size"]: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["size"]}
+    return {size.split(".")[1]: value for size, value in named.items() if size.split(".")[0] == part}
+
+
+def adopt(cfg, world):
+    """Settings with the sizes of a world's LAM and DiT, which --init, --init_lam and --dit_weights bring."""
+    parts = {"lam": world.lam.cfg, "dit": world.dit.cfg}
+    brought = {}
+    for f in fields(cfg):
+        part, _, name = (f.metadata["size"] or "").partition(".")
+        if part in parts and name != "action_std":              # of a start that is over
+            brought[f.name] = getattr(parts[part], name)
+    return replace(cfg, **brought)
+
+
+# processes and phases --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of torchrun's processes this is, and the device that it works on."""
+    rank: int = 0
+    ranks: int = 1
+    local: int = 0                      # number on its node
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def here(cls, device="auto"):
+        """From torchrun's environment. device: auto (cuda if there is one, else cpu), cpu, cuda or mps"""
+        rank, ranks, local = (int(os.environ.get(name, default))
+                              for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(rank, ranks, local, torch.device(f"cuda:{local}" if device == "cuda" else device))
+
+    @property
+    def master(self):
+        return self.rank == 0
+
+    @property
+    def cuda(self):
+        return self.device.type == "cuda"
+
+    def autocast(self):
+        """bf16 where it is fast"""
+        return torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A row of what a run does."""
+    name: str
+    steps: int
+    trains: tuple                       # groups of parameters: lam, fdm, action, body, adapter
+    loss: str                           # a key of train.LOSSES
+    data: str
+    batch: int                          # clips a step, over all ranks
+    crop: float                         # smallest side of the random crop; 1 where the LAM is frozen
+    codes: bool = True                  # latent actions are inferred
+    dreams: bool = True                 # the generator listens to them, so it can be asked to dream
+    causal: bool = True                 # temporal attention of the generator
+    # the learning-rate schedule, which phases of one training share
+    first: int = 0                      # the step at which it starts
+    length: int = 1                     # its steps
+    lr: float = 0.0
+    lr_warmup: int = 0
+    cooldown: float = 0.0
+
+    def learning_rate(self, step):
+        """Linear warm-up, constant, and over the last share a linear fall to zero."""
+        at = step - self.first
+        lr = self.lr * min(1, (at + 1) / max(1, self.lr_warmup))
+        if self.cooldown:
+            lr *= min(1, (self.length - at) / (self.cooldown * self.length))
+        return lr
 
 
 def phases(cfg):
-    """What a run does, in order: who trains for how many steps. Phases of one schedule share a learning-rate schedule, which
-    starts at step `first` and is `length` steps long: models that are trained apart have one each."""
-    e2e = {"action", "body"} if cfg.freeze_lam else {"lam", "action", "body"}
-    schedules = {"pretrain": [],
-                 "two-stage": [[("lam", cfg.lam_steps, {"lam", "fdm"})], [("wm", cfg.wm_steps, {"action", "body"})]],
-                 "joint": [[("warmup", cfg.warmup, {"lam", "action"}), ("e2e", cfg.e2e, e2e)]],
-                 "adapt": [[("adapter", cfg.adapter_steps, {"adapter"})], [("adapt", cfg.adapt_steps, {"action", "body"})]]}[cfg.mode]
+    """What a run does, in order: a list of `Phase`.
+
+    Models that are trained apart (LAM, then world model; adapter, then world) have a schedule of the
+    learning rate each; warm-up and end-to-end training share one.
+    """
+    def phase(name, steps, trains, loss="flow", **more):
+        crop = cfg.crop if "lam" in trains else 1.0
+        common = dict(data=cfg.data, batch=cfg.batch, crop=crop, lr=cfg.lr, lr_warmup=cfg.lr_warmup,
+                      cooldown=cfg.cooldown)
+        return Phase(name, steps, trains, loss, **(common | more))
+
+    web = "web" if cfg.data in TOY else cfg.data
+    together = ("action", "body") if cfg.freeze_lam else ("lam", "action", "body")
+    pretrain = phase("pretrain", cfg.pretrain, ("body",), "flow without actions", data=web, crop=cfg.crop,
+                     codes=False, dreams=False, causal=cfg.causal)
+    schedules = {
+        "pretrain": [],
+        "two-stage": [[phase("lam", cfg.lam_steps, ("lam", "fdm"), "pixels", dreams=False)],
+                      [phase("wm", cfg.wm_steps, ("action", "body"))]],
+        "joint": [[phase("warmup", cfg.warmup, ("lam", "action")), phase("e2e", cfg.e2e, together)]],
+        "adapt": [[phase("adapter", cfg.adapter_steps, ("adapter",), "codes", batch=4 * cfg.batch,
+                         dreams=False)],
+                  [phase("adapt", cfg.adapt_steps, ("action", "body"), "flow with real actions")]],
+    }[cfg.mode]
     if cfg.mode == "pretrain" or cfg.dit_weights == cfg.init == "none":
-        schedules = [[("pretrain", cfg.pretrain, {"body"})]] + schedules
+        schedules = [[pretrain]] + schedules
     rows, first = [], 0
     for schedule in schedules:
-        length = sum(steps for _, steps, _ in schedule)
-        for name, steps, train in schedule:
-            rows.append(dict(name=name, steps=steps, train=train, first=first, length=length,
-                             data="web" if name == "pretrain" and cfg.data in TOY else cfg.data,
-                             batch=4 * cfg.batch if name == "adapter" else cfg.batch,
-                             crop=cfg.crop if train & {"lam"} or name == "pretrain" else 1.0,       # none where the LAM is frozen
-                             dreams=name not in ("pretrain", "lam", "adapter")))                    # the generator learns actions
+        length = sum(row.steps for row in schedule)
+        rows += [replace(row, first=first, length=length) for row in schedule if row.steps]
         first += length
-    return [row for row in rows if row["steps"]]
+    return rows
 
 
-def restarted(out):
-    """Whether torchrun has restarted this process, on a single node, after a checkpoint of the same launch."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or not checkpoints(out):
-        return False
-    with open(os.path.join(out, "config.json")) as f:
-        return json.load(f).get("torchrun") == os.getppid()
+# the command line ------------------------------------------------------------------------------------
 
 
-def flag(kind, text):
-    if kind is not bool:
-        return kind(text)
+def typed(f, text):
+    """The value of a setting from its text. ValueError or KeyError if it is none."""
+    if f.type is not bool:
+        return f.type(text)
     return {"1": True, "0": False, "true": True, "false": False}[text.lower()]
 
 
 def parse(argv):
-    """Config from the command line: the values of the preset, or of the run to resume, and over them what was given."""
+    """Config from the command line: the values of the preset, or of the run to resume, and over them what
+    was given.
+
+    A mistake ends the program with one line.
+    """
     parser = Parser(__doc__)
     for f in fields(Config):
-        switch = {"nargs": "?", "const": "1"} if f.type is bool else {"nargs": "+"} if f.name == "data" else {}
+        shape = {bool: {"nargs": "?", "const": "1"}}.get(f.type, {})
+        if f.name == "data":
+            shape = {"nargs": "+"}
         text = f"{f.metadata['help']} (tiny: {f.default})"
-        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=text, **switch)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=text, **shape)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if "data" in given:
         given["data"] = shlex.join(given["data"])
     for f in fields(Config):
         if f.name in given:
             try:
-                given[f.name] = flag(f.type, given[f.name])
+                given[f.name] = typed(f, given[f.name])
             except (ValueError, KeyError):
-                parser.error(f"--{f.name} {given[f.name]}: not {'0 or 1' if f.type is bool else 'a number'}")
-    for name, choices in {"preset": PRESETS, "mode": ("joint", "two-stage", "pretrain", "adapt"), "device": ("auto", "cpu", "cuda", "mps")}.items():
-        if name in given and given[name] not in choices:
-            parser.error(f"--{name} {given[name]}: choose from {', '.join(choices)}")
+                kind = "0 or 1" if f.type is bool else "a number"
+                parser.error(f"--{f.name} {given[f.name]}: not {kind}")
+    if given.get("preset", "tiny") not in PRESETS:
+        parser.error(f"--preset {given['preset']}: choose from {', '.join(PRESETS)}")
     base = PRESETS[given.get("preset", "tiny")]
     if given.get("mode") == "adapt":
         base = base | {"batch": 16}             # the paper's (appendix C.2)
@@ -175,46 +305,87 @@ def parse(argv):
     if restarted(own):
         given = {"resume": own}
     if given.get("resume", "none") != "none":
-        try:
-            with open(os.path.join(given["resume"], "config.json")) as f:
-                base = json.load(f)
-            base.pop("torchrun")
-            cfg = Config(**base)
-        except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"--resume {given['resume']}: not the folder of a run, or of another version")
-        fixed = [k for k, v in given.items() if v != getattr(cfg, k) and k not in CHANGEABLE]
-        if fixed:
-            parser.error(f"--{fixed[0]} {given[fixed[0]]}: a run is resumed with its own settings, here {getattr(cfg, fixed[0])}")
+        base = resumed(parser, given)
     cfg = Config(**(base | given))
-    least = {"frames": 2, "eval_frames": 2, "batch": 1, "accumulate": 1, "size": 1, "log_every": 1, "eval_every": 1, "eval_clips": 1,
-             "eval_transitions": 8, "ckpt_every": 1, "num_codes": 2, "sampling_steps": 1, "code_dim": 1, "tokens": 1, "lam_size": 1,
-             "lam_patch": 1, "lam_width": 4, "lam_heads": 1, "lam_depth": 1, "hidden": 4, "heads": 1, "depth": 1, "patch": 1, "fdm_depth": 1}
-    for f in fields(Config):
-        value = getattr(cfg, f.name)
-        if f.type in (int, float) and not value >= least.get(f.name, 0):
-            parser.error(f"--{f.name} {value}: must be at least {least.get(f.name, 0)}")
-    for width, heads in (("hidden", "heads"), ("lam_width", "lam_heads")):
-        if getattr(cfg, width) % (2 * getattr(cfg, heads)) or getattr(cfg, width) % 4:
-            parser.error(f"--{width} {getattr(cfg, width)}: must be a multiple of 4 and of 2 x --{heads}, {2 * getattr(cfg, heads)}")
+    check(parser, cfg, base)
+    return cfg
+
+
+def restarted(out):
+    """Whether torchrun has restarted this process, on a single node, after a checkpoint of the same
+    launch."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return False
+    if not glob.glob(os.path.join(glob.escape(out), "ckpt*.pt")):
+        return False
+    with open(os.path.join(out, "config.json")) as f:
+        return json.load(f).get("torchrun") == os.getppid()
+
+
+def resumed(parser, given):
+    """The settings of the run to go on with, unless what was given contradicts them."""
+    run = given["resume"]
     try:
-        assert cfg.time_shift in ("auto", "none") or float(cfg.time_shift) > 0
-    except (ValueError, AssertionError):
+        with open(os.path.join(run, "config.json")) as f:
+            base = json.load(f)
+        base.pop("torchrun")                    # of which launch it was
+        gone = {name: base.pop(name) for name in GONE if name in base}
+        cfg = Config(**base)
+    except (OSError, ValueError, KeyError, TypeError):
+        parser.error(f"--resume {run}: not the folder of a run, or of another version")
+    for name, value in gone.items():
+        if GONE[name] is not None and value != GONE[name]:
+            parser.error(f"--resume {run}: was started with --{name} {value}, which is gone; "
+                         "go on with the version that started it")
+    for f in fields(Config):
+        if f.name in given and not f.metadata["changes"] and given[f.name] != getattr(cfg, f.name):
+            parser.error(f"--{f.name} {given[f.name]}: a run is resumed with its own settings, here "
+                         f"{getattr(cfg, f.name)}")
+    return base
+
+
+def check(parser, cfg, base):
+    """End the program with one line if settings do not make sense, alone or together. base: the preset's"""
+    for f in fields(Config):
+        value, choices = getattr(cfg, f.name), f.metadata["choices"]
+        least, below = f.metadata["least"], f.metadata["below"]
+        if choices and value not in choices:
+            parser.error(f"--{f.name} {value}: choose from {', '.join(choices)}")
+        if f.type in (int, float) and not value >= least:
+            parser.error(f"--{f.name} {value}: must be at least {least}")
+        if f.type in (int, float) and not value < below:
+            parser.error(f"--{f.name} {value}: must be below {below}")
+    if cfg.hidden % (2 * cfg.heads) or cfg.hidden % 4:
+        parser.error(f"--hidden {cfg.hidden}: must be a multiple of 4 and of 2 x --heads, {2 * cfg.heads}")
+    if cfg.lam_width % (4 if cfg.lam_width < 128 else 64):
+        parser.error(f"--lam_width {cfg.lam_width}: must be a multiple of 64, or of 4 below 128")
+    if not is_shift(cfg.time_shift):
         parser.error(f"--time_shift {cfg.time_shift}: auto, none, or a number above 0")
-    if cfg.device in ("cuda", "mps") and not getattr(torch, {"cuda": "cuda", "mps": "mps"}[cfg.device]).is_available():
+    if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
         parser.error(f"--device {cfg.device}: there is none here")
     parts = int(os.environ.get("WORLD_SIZE", 1)) * cfg.accumulate
     if cfg.batch % parts:
         parser.error(f"--batch {cfg.batch}: must be a multiple of processes x --accumulate, {parts}")
-    if not phases(cfg):
+    rows = phases(cfg)
+    if not rows:
         parser.error("nothing to train: every phase has 0 steps")
-    if cfg.vq_start >= 1:
-        parser.error(f"--vq_start {cfg.vq_start}: a share of the LAM's steps, below 1")
     if cfg.mode == "adapt" and cfg.init == "none":
         parser.error("--mode adapt: needs --init, a trained world")
     if cfg.mode == "two-stage" and not cfg.lam_steps and cfg.init == cfg.init_lam == "none":
         parser.error("--lam_steps 0: needs --init_lam or --init, a trained LAM")
-    if cfg.init != "none" and (cfg.init_lam != "none" or cfg.dit_weights not in ("none", base.get("dit_weights"))):
+    replaced = cfg.init_lam != "none" or cfg.dit_weights not in ("none", base.get("dit_weights"))
+    if cfg.init != "none" and replaced:
         parser.error("--init: brings LAM and generator; --init_lam and --dit_weights would replace them")
-    if cfg.latent_cache != "none" and (cfg.vae_weights == "none" or not any(p["crop"] == 1 and p["dreams"] for p in phases(cfg))):
-        parser.error(f"--latent_cache {cfg.latent_cache}: needs --vae_weights, and --crop 1 as every crop has other latents")
-    return cfg
+    cacheable = cfg.vae_weights != "none" and any(row.crop == 1 and row.dreams for row in rows)
+    if cfg.latent_cache != "none" and not cacheable:
+        parser.error(f"--latent_cache {cfg.latent_cache}: needs --vae_weights, and --crop 1 as every crop "
+                     "has other latents")
+
+
+def is_shift(text):
+    if text in ("auto", "none"):
+        return True
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False

@@ -1,9 +1,9 @@
 """World model backbone: a causal spatio-temporal diffusion Transformer, conditioned on latent actions.
 
-Open-Sora v1.2's STDiT3 (hpcaitech/Open-Sora, branch opensora/v1.2) without its text path, with a causal mask in the
-temporal attention (appendix B.2), plus the paper's action conditioning: a self-attention network over the action
-sequence and an MLP whose scale, shift and gate are added to those of the flow time in every block (section 3.3).
-Module names are those of the released weights.
+Open-Sora v1.2's STDiT3 (hpcaitech/Open-Sora, branch opensora/v1.2) without its text path, with a causal
+mask in the temporal attention (appendix B.2), plus the paper's action conditioning: a self-attention
+network over the action sequence and an MLP whose scale, shift and gate are added to those of the flow time
+in every block (section 3.3). Module names are those of the released weights.
 """
 
 import math
@@ -31,9 +31,22 @@ class DiTConfig:
     action_dim: int = 256       # r*k*d, what leads to one latent frame; 0: no action modules
     action_depth: int = 6       # causal blocks over the action sequence
     action_scale: float = 1.0   # (ours) standard deviation to expect of the actions
-    action_std: float = 0.01    # (ours) of the action MLP's last layer: fresh codes change the fixture's velocity by 0.3 %, yet gradient flows
+    # (ours) standard deviation of the action MLP's last layer at the start. Fresh codes change the velocity
+    # of the fixture in assets/ by 0.3 %, yet gradient flows
+    action_std: float = 0.01
     mlp_ratio: float = 4
     input_sq_size: int = 512    # side in pixels at which a token is one unit of the position grid
+
+
+def zero(linear):
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def action_depth(depth):
+    """Blocks over the action sequence, for a generator of `depth` pairs of blocks: 6 (the paper), or fewer
+    (ours)."""
+    return min(6, depth)
 
 
 class Embedder(nn.Module):
@@ -82,23 +95,19 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Tokens -> the pixels of their patches, after a norm that the flow time (and fps) modulates."""
+
     def __init__(self, cfg):
         super().__init__()
         self.norm_final = nn.LayerNorm(cfg.hidden, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, cfg.hidden) / cfg.hidden ** 0.5)
         self.linear = nn.Linear(cfg.hidden, cfg.patch ** 2 * cfg.out_channels)
 
-    def modulate(self, x, time):
-        shift, scale = (self.scale_shift_table + time[:, :, None]).unsqueeze(3).unbind(2)       # each (b, l, 1, d)
-        return torch.addcmul(shift, self.norm_final(x), 1 + scale)
-
-    def forward(self, x, time, t):
-        """x (b, l, s, d), time (b, l, d), t (b, l) -> (b, l, s, patch pixels)"""
-        # Open-Sora modulates context frames with the clip's time and then again with theirs; nobody uses what they predict
-        clip = time.gather(1, t.argmax(1)[:, None, None].expand(-1, 1, time.shape[-1]))         # (b, 1, d)
-        context = (t == 0) & (t > 0).any(1, keepdim=True)
-        x = torch.where(context[..., None, None], self.modulate(x, clip), x)
-        return self.linear(self.modulate(x, time))
+    def forward(self, x, time):
+        """x (b, l, s, d), time (b, l, d) -> (b, l, s, patch * patch * out_channels)"""
+        mod = (self.scale_shift_table + time[:, :, None]).unsqueeze(3)          # (b, l, 2, 1, d)
+        shift, scale = mod.unbind(2)                                            # each (b, l, 1, d)
+        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
 
 
 class ActionModules(nn.Module):
@@ -111,13 +120,15 @@ class ActionModules(nn.Module):
         super().__init__()
         d = cfg.hidden
         self.embed = nn.Linear(cfg.action_dim, d)
-        self.blocks = nn.ModuleList(Block(d, cfg.heads, spatial=False, ratio=2) for _ in range(cfg.action_depth))
+        depth = range(cfg.action_depth)
+        self.blocks = nn.ModuleList(Block(d, cfg.heads, spatial=False, ratio=2) for _ in depth)
         self.mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, 6 * d))
         for block in self.blocks:
-            for out in (block.temporal.proj, block.mlp.fc2):
-                nn.init.zeros_(out.weight), nn.init.zeros_(out.bias)
+            zero(block.temporal.proj)
+            zero(block.mlp.fc2)
         nn.init.normal_(self.embed.weight, std=1 / (cfg.action_scale * cfg.action_dim ** 0.5))
-        nn.init.normal_(self.mlp[2].weight, std=cfg.action_std), nn.init.zeros_(self.mlp[2].bias)
+        nn.init.normal_(self.mlp[2].weight, std=cfg.action_std)
+        nn.init.zeros_(self.mlp[2].bias)
 
     def features(self, actions):
         """actions (b, l-1, action_dim) -> (b, l, d); the first frame gets the null action, zeros"""
@@ -144,8 +155,8 @@ class DiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         d = cfg.hidden
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(cfg.channels, d, (1, cfg.patch, cfg.patch),
-                                                           stride=(1, cfg.patch, cfg.patch))})
+        side = (1, cfg.patch, cfg.patch)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(cfg.channels, d, side, stride=side)})
         self.t_embedder = Embedder(d)
         self.fps_embedder = Embedder(d)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
@@ -153,8 +164,8 @@ class DiT(nn.Module):
         self.temporal_blocks = nn.ModuleList(DiTBlock(cfg, temporal=True) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
         self.action = ActionModules(cfg) if cfg.action_dim else None
-        for out in (self.t_block[1], self.final_layer.linear):
-            nn.init.zeros_(out.weight), nn.init.zeros_(out.bias)
+        zero(self.t_block[1])
+        zero(self.final_layer.linear)
 
     def body(self):
         """Parameters of the pre-trained generator: all but the action modules."""
@@ -172,8 +183,8 @@ class DiT(nn.Module):
         Args:
             x: (b, c, l, h, w) latents; context frames clean, the others noised.
             t: (b, l) flow time in [0, 1], 0 for context frames.
-            actions: (b, l-1, action_dim), actions[:, j] leads from latent frame j to j+1; with a cache, those since
-                the first cached frame. None: the action modules are skipped.
+            actions: (b, l-1, action_dim), actions[:, j] leads from latent frame j to j+1; with a cache,
+                those since the first cached frame. None: the action modules are skipped.
             fps: (b,) frames a second; None: 24.
             cache: KVCache of the frames before x, or None.
 
@@ -190,8 +201,9 @@ class DiT(nn.Module):
         time = self.t_embedder(1000 * t) + self.fps_embedder(fps)[:, None]      # (b, l, d)
         mod = self.t_block(time).unflatten(-1, (6, -1))                         # (b, l, 6, d)
         if actions is not None:
-            if actions.shape != (b, start + l - 1, cfg.action_dim):
-                raise ValueError(f"DiT: actions {tuple(actions.shape)}, expected {(b, start + l - 1, cfg.action_dim)}")
+            expected = (b, start + l - 1, cfg.action_dim)
+            if actions.shape != expected:
+                raise ValueError(f"DiT: actions {tuple(actions.shape)}, expected {expected}")
             mod = mod + self.action(actions)[:, start:]
         for i in range(cfg.depth):
             x, _ = self.spatial_blocks[i](x, mod)
@@ -200,17 +212,20 @@ class DiT(nn.Module):
                 cache.past[i] = kv
         if cache and cache.append:
             cache.frames += l
-        x = self.final_layer(x, time, t)
-        return rearrange(x, "b l (h w) (p q c) -> b c l (h p) (w q)", h=rows, p=cfg.patch, q=cfg.patch)[:, :c, :, :h, :w]
+        x = self.final_layer(x, time)
+        x = rearrange(x, "b l (h w) (p q c) -> b c l (h p) (w q)", h=rows, p=cfg.patch, q=cfg.patch)
+        return x[:, :c, :, :h, :w]
 
 
 def load_opensora(path, causal=True, **overrides):
     """Open-Sora v1.2's STDiT3 with its text path left out and fresh action modules.
 
-    Every tensor is taken over but those of `cross_attn`, `y_embedder` and `rope.freqs`, which RoPE computes itself.
+    Every tensor is taken over but those of `cross_attn`, `y_embedder` and `rope.freqs`, which RoPE
+    computes itself.
 
     Args:
-        path: the released folder (config.json, model.safetensors), or a .safetensors, .pt or .pth file of its tensors.
+        path: the released folder (config.json, model.safetensors), or a .safetensors, .pt or .pth file of
+            its tensors.
         causal: mask temporal attention (the paper); False is Open-Sora itself.
         overrides: fields of DiTConfig that are not those of the checkpoint, such as action_dim.
 
@@ -219,20 +234,34 @@ def load_opensora(path, causal=True, **overrides):
         ValueError: a file that cannot be read, or a tensor that is missing, unexpected or of another shape.
     """
     config, read = open_weights(path)
-    shape = {k: v.shape for k, v in read().items()}
     try:
-        hidden, channels, _, patch, _ = shape["x_embedder.proj.weight"]
-        sizes = dict(hidden=hidden, channels=channels, patch=patch, heads=hidden // shape["spatial_blocks.0.attn.q_norm.weight"][0],
-                     depth=len({k.split(".")[1] for k in shape if k.startswith("spatial_blocks.")}),
-                     mlp_ratio=shape["spatial_blocks.0.mlp.fc1.weight"][0] / hidden,
-                     out_channels=shape["final_layer.linear.weight"][0] // patch ** 2)
+        sizes = sizes_of({name: tensor.shape for name, tensor in read().items()})
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not an STDiT3 ({error})") from None
-    cfg = DiTConfig(**{**sizes, "input_sq_size": config.get("input_sq_size", 512), "causal": causal, **overrides})
+    sizes |= {"input_sq_size": config.get("input_sq_size", 512), "causal": causal,
+              "action_depth": action_depth(sizes["depth"])}
+    cfg = DiTConfig(**(sizes | overrides))
     with torch.device("meta"):
         dit = DiT(replace(cfg, action_dim=0))
     loaded, skipped = fill(dit, read, path, ("cross_attn.", "y_embedder.", "rope.freqs"))
     dit.cfg, dit.action = cfg, ActionModules(cfg) if cfg.action_dim else None
     new = sum(p.numel() for p in dit.parameters()) - loaded
-    print(f"{path}: {loaded / 1e6:.2f} M parameters loaded, {skipped / 1e6:.2f} M of the text path skipped, {new / 1e6:.2f} M new")
+    print(f"{path}: {loaded / 1e6:.2f} M parameters loaded, {skipped / 1e6:.2f} M of the text path skipped, "
+          f"{new / 1e6:.2f} M new")
     return dit
+
+
+def sizes_of(shape):
+    """The fields of DiTConfig that the shapes of STDiT3's tensors tell; what indexing raises if they are
+    no STDiT3's."""
+    hidden, channels, _, patch, _ = shape["x_embedder.proj.weight"]
+    blocks = {name.split(".")[1] for name in shape if name.startswith("spatial_blocks.")}
+    return {
+        "hidden": hidden,
+        "channels": channels,
+        "patch": patch,
+        "depth": len(blocks),
+        "heads": hidden // shape["spatial_blocks.0.attn.q_norm.weight"][0],
+        "mlp_ratio": shape["spatial_blocks.0.mlp.fc1.weight"][0] / hidden,
+        "out_channels": shape["final_layer.linear.weight"][0] // patch ** 2,
+    }

@@ -1,7 +1,8 @@
 """Rectified flow, and the world model that it trains together with its latent actions.
 
-Paper: sections 3.1 and 3.3, appendix B.2 and B.3. Convention of Open-Sora v1.2 (Liu et al. 2022, arXiv 2209.03003):
-flow time t is 0 for data and 1 for noise, x_t = (1-t) x_0 + t noise, the network predicts the velocity x_0 - noise.
+Paper: sections 3.1 and 3.3, appendix B.2 and B.3. Convention of Open-Sora v1.2 (after Liu et al. 2022, arXiv
+2209.03003): flow time t is 0 for data and 1 for noise, x_t = (1-t) x_0 + t noise, and the network predicts
+the velocity x_0 - noise.
 """
 
 import math
@@ -20,14 +21,15 @@ class FlowConfig:
     time_shift: str = "auto"    # "auto": Open-Sora's formula; a number: r itself; "none": r = 1
     action_drop: float = 0.1    # chance that a latent frame's action is zeroed in training (appendix B.2)
     clip_drop: float = 0.1      # (ours) chance that all actions of a clip are
-    real_share: float = 0.0     # (ours) adaptation: chance that a clip is driven by the adapter's latent actions, not the inferred ones
+    real_share: float = 0.0     # (ours) adaptation: chance that the adapter drives a clip
     window: int = 0             # clean latent frames that a rollout sees at most; 0: all
     sampling_steps: int = 10
     guidance: float = 4.0
 
 
 def time_ratio(shift, pixels, frames):
-    """r of the time shift t' = r t / (1 + (r-1) t); frames are latent ones (Open-Sora's count is 0 for short clips)."""
+    """r of the time shift t' = r t / (1 + (r-1) t). Frames are latent ones; Open-Sora's own count is 0
+    below 17."""
     if shift in (True, "auto"):
         return math.sqrt(pixels / 512 ** 2) * math.sqrt(frames)
     return 1.0 if shift in (False, None, "none") else float(shift)
@@ -45,7 +47,8 @@ def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False,
         x: (b, c, l, h, w), its first `context` frames clean, the rest noise.
         context: clean frames in x; with a cache, which holds the past, it may be 0.
         actions: (b, l-1, action_dim) as for the DiT, or None.
-        guidance: g of v_null + g (v_act - v_null), where v_null has no actions at the noised frames; 1 needs no v_null.
+        guidance: g of v_null + g (v_act - v_null), where v_null has no actions at the noised frames; 1: no
+            v_null.
         shift: True for Open-Sora's formula, a number r, or False.
         cache: KVCache of earlier frames, read only.
 
@@ -55,14 +58,16 @@ def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False,
     b, _, l, h, w = x.shape
     past = cache.frames if cache else 0
     r = time_ratio(shift, h * w * dit.cfg.pixel_stride ** 2, past + l)
-    times = shift_time(1 - torch.arange(steps + 1, device=x.device) / steps, r).clamp(max=1)   # rounding may exceed 1
+    times = shift_time(1 - torch.arange(steps + 1, device=x.device) / steps, r)
+    times = times.clamp(max=1)                                                  # rounding may exceed 1
     noised = (torch.arange(l, device=x.device) >= context).float()              # (l,)
-    guided = actions is not None and guidance != 1
+    n, guided = b, actions is not None and guidance != 1
     if guided:                                  # both branches are one batch and share the cache
         null = actions.clone()
         null[:, max(past + context - 1, 0):] = 0
-        actions, fps = torch.cat([actions, null]), fps if fps is None else fps.repeat(2)
-    n = 2 * b if guided else b
+        actions = torch.cat([actions, null])
+        fps = None if fps is None else fps.repeat(2)
+        n = 2 * b
     for t, t_next in zip(times[:-1], times[1:]):
         v = dit(x.repeat(n // b, 1, 1, 1, 1), (t * noised).expand(n, l), actions, fps, cache)
         if guided:
@@ -73,8 +78,11 @@ def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False,
 
 
 class Draw:
-    """Random numbers for a batch that is spread over ranks: each draws the whole and keeps its own rows, so that
-    the same (seed, step) gives the same clips the same noise on any number of ranks."""
+    """Random numbers for a batch that is spread over ranks.
+
+    Each rank draws the whole and keeps its own rows, so that the same seed (run's seed, step) gives the
+    same clips the same noise on any number of ranks.
+    """
 
     def __init__(self, *seed, device="cpu", rank=0, ranks=1):
         mixed = 0
@@ -83,14 +91,32 @@ class Draw:
         self.generator = torch.Generator(device).manual_seed(mixed)
         self.device, self.rank, self.ranks = device, rank, ranks
 
-    def __call__(self, draw, b, *shape):
-        """draw is torch.rand or torch.randn: (b, *shape)"""
-        all_ranks = draw(b * self.ranks, *shape, generator=self.generator, device=self.device)
+    def __call__(self, random, b, *shape):
+        """random is torch.rand or torch.randn: (b, *shape)"""
+        all_ranks = random(b * self.ranks, *shape, generator=self.generator, device=self.device)
         return all_ranks[self.rank * b:(self.rank + 1) * b]
 
 
+def unseeded(device):
+    return Draw(torch.seed() % 2 ** 31, device=device)
+
+
+@dataclass
+class Dream:
+    """What a rollout has so far: its clean latents, the actions between them, what they left in the DiT's
+    cache.
+
+    While all dreams of a batch share their past, it has a single row, which goes through the DiT once.
+    """
+    latents: torch.Tensor               # (b or 1, c, l, h, w)
+    actions: torch.Tensor               # (b or 1, l-1, r*k*d)
+    cache: KVCache = None
+    first: int = 0                      # the latent frame with which the cache begins
+
+
 class World(nn.Module):
-    """Latent action model + causal DiT + VAE: one flow-matching loss trains IDM, codebook and generator (Figure 1b)."""
+    """Latent action model, causal DiT and VAE; one flow-matching loss trains IDM, codebook and DiT (Figure
+    1b)."""
 
     def __init__(self, lam, dit, vae, cfg=FlowConfig()):
         super().__init__()
@@ -98,18 +124,31 @@ class World(nn.Module):
         self.adapter = None                     # from real actions, once there is one
         want = vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim
         if dit.cfg.action_dim != want:
-            raise ValueError(f"World: the DiT takes actions of {dit.cfg.action_dim} dims, the LAM gives {want} a latent frame")
+            raise ValueError(f"World: the DiT takes actions of {dit.cfg.action_dim} dims, "
+                             f"the LAM gives {want} a latent frame")
         if (dit.cfg.channels, dit.cfg.pixel_stride) != (vae.channels, vae.pixel_stride):
-            raise ValueError(f"World: the DiT takes latents of {dit.cfg.channels} channels and {dit.cfg.pixel_stride} pixels, "
+            raise ValueError(f"World: the DiT takes latents of {dit.cfg.channels} channels and "
+                             f"{dit.cfg.pixel_stride} pixels, "
                              f"the VAE makes {vae.channels} of {vae.pixel_stride}")
 
     def config(self):
-        return {"lam": asdict(self.lam.cfg), "dit": asdict(self.dit.cfg), "flow": asdict(self.cfg),
-                "vae": self.vae.source, "adapter": self.adapter and self.adapter.action_dim}
+        """What `checkpoint.restore` needs to build this World again."""
+        return {
+            "lam": asdict(self.lam.cfg),
+            "dit": asdict(self.dit.cfg),
+            "flow": asdict(self.cfg),
+            "vae": self.vae.source,
+            "adapter": self.adapter.action_dim if self.adapter else None,
+        }
 
     def check_frames(self, t):
-        """A latent frame but the first must stand for r = time_stride frames, whose actions lead to it; else ValueError."""
-        r, fits = self.vae.time_stride, lambda t: self.vae.latent_frames(t) == 1 + (t - 1) / r
+        """ValueError unless each latent frame but the first stands for time_stride frames, whose actions
+        lead to it."""
+        r = self.vae.time_stride
+
+        def fits(t):
+            return self.vae.latent_frames(t) == 1 + (t - 1) / r
+
         if not fits(t):
             valid = [str(n) for n in range(1 + r, 100, r) if fits(n)]
             raise ValueError(f"clips of {t} frames: this VAE needs {', '.join(valid)}")
@@ -131,19 +170,16 @@ class World(nn.Module):
             real: (b, t-1, a) real actions, for adaptation.
 
         Returns:
-            loss, and a dict: `flow` and `vq` (scalars), `indices` (b, t-1, k), and for each clip `clip_t`, `clip_flow` (b,).
+            loss, and a dict: `flow` and `vq` (scalars), `indices` (b, t-1, k), and for each clip `clip_t`,
+            `clip_flow` (b,).
         """
-        draw = draw or Draw(torch.seed() % 2 ** 31, device=video.device)
-        # infer and quantize
+        draw = draw or unseeded(video.device)
         actions, indices, vq = None, None, video.new_zeros(())
         if use_actions:
+            # infer and quantize
             z, indices, vq = self.lam.encode(video, draw)
-            if real is not None and self.cfg.real_share:
-                z = torch.where(draw(torch.rand, len(video), 1, 1, 1) < self.cfg.real_share, self.latent_actions(real), z)
-            actions = self.pack(z)                                              # (b, l-1, r*k*d)
-            keep = draw(torch.rand, len(video), actions.shape[1], 1) >= self.cfg.action_drop
-            keep &= draw(torch.rand, len(video), 1, 1) >= self.cfg.clip_drop
-            actions = actions * keep
+            z = self.drive(z, real, draw)
+            actions = self.drop(self.pack(z), draw)                             # (b, l-1, r*k*d)
         # noise all frames but the context: 1 clean frame with probability 1/2, else 1 .. l-1
         x0 = self.vae.encode(video) if latents is None else latents             # (b, c, l, h, w)
         b, c, l, h, w = x0.shape
@@ -163,17 +199,71 @@ class World(nn.Module):
         return flow + vq, {"flow": flow.detach(), "vq": vq.detach(), "indices": indices,
                            "clip_t": t, "clip_flow": clip_flow.detach()}
 
+    def drive(self, z, real, draw):
+        """Adaptation (ours): some clips are driven by what the adapter makes of their real actions, not by
+        z."""
+        if real is None or not self.cfg.real_share:
+            return z
+        driven = draw(torch.rand, len(z), 1, 1, 1) < self.cfg.real_share
+        return torch.where(driven, self.latent_actions(real), z)
+
+    def drop(self, actions, draw):
+        """Zero the action of single latent frames, and of whole clips, so that guidance has a null action
+        to leave."""
+        b, n, _ = actions.shape
+        keep = draw(torch.rand, b, n, 1) >= self.cfg.action_drop
+        keep &= draw(torch.rand, b, 1, 1) >= self.cfg.clip_drop
+        return actions * keep
+
     def latent_actions(self, actions):
         """What the adapter makes of real actions (b, t-1, a): (b, t-1, k, d)"""
         return F.embedding(self.adapter(actions).argmax(-1), self.lam.vq.codebook)
 
+    def begin(self, frames, z):
+        """A dream's past: frames (b or 1, 3, t, h, w) in [-1, 1], latent actions (b or 1, t-1, k, d) ->
+        Dream"""
+        return Dream(self.vae.encode(frames), self.pack(z))
+
     @torch.no_grad()
-    def rollout(self, frames, actions, steps=None, guidance=None, fps=None, draw=None):
-        """Dream frame by frame: each latent frame is denoised given the clean past, then joins it.
+    def step(self, dream, action, noise, steps=None, guidance=None, fps=None):
+        """Dream one more latent frame: it is denoised given the clean past, which it joins.
 
         Args:
-            frames: (b, 3, t0, h, w) in [-1, 1], the true past; (1, 3, t0, h, w) if all share it, and the actions inside it: then it goes
-                through VAE and DiT once.
+            dream: what `begin` or `step` returned; its cache is used up by this.
+            action: (b, 1, r*k*d), leads to the new latent frame (`pack` makes it).
+            noise: (b, c, 1, h, w), the new frame's at t = 1.
+            steps, guidance: sampling settings; None: the world's own.
+            fps: (b,) frames a second; None: 24.
+
+        Returns:
+            the longer Dream.
+        """
+        steps = self.cfg.sampling_steps if steps is None else steps
+        guidance = self.cfg.guidance if guidance is None else guidance
+        b, (n, _, l, _, _) = len(action), dream.latents.shape
+        fps = torch.full((b,), 24.0, device=action.device) if fps is None else fps
+        window = self.cfg.window or l + 1
+        cache, first = dream.cache, dream.first
+        # the clean past goes through the DiT once; a full window slides, and starts over as a shorter clip
+        if cache is None or cache.frames == window:
+            cache, first = KVCache(), max(0, l - window)
+        clean = dream.latents[:, :, first + cache.frames:]
+        cache.append = True
+        self.dit(clean, clean.new_zeros(n, clean.shape[2]), dream.actions[:, first:], fps[:n], cache)
+        cache.append = False
+        actions = torch.cat([dream.actions.expand(b, -1, -1), action], 1)       # (b, l, r*k*d)
+        shift = self.cfg.time_shift
+        x = sample(self.dit, noise, 0, actions[:, first:], steps, guidance, shift, fps, cache)
+        latents = torch.cat([dream.latents.expand(b, -1, -1, -1, -1), x], 2)    # (b, c, l+1, h, w)
+        return Dream(latents, actions, cache, first)
+
+    @torch.no_grad()
+    def rollout(self, frames, actions, steps=None, guidance=None, fps=None, draw=None):
+        """Dream frame by frame: a loop over `step`.
+
+        Args:
+            frames: (b, 3, t0, h, w) in [-1, 1], the true past; (1, 3, t0, h, w) if all share it, and the
+                actions inside it: then it goes through VAE and DiT once.
             actions: (b, t-1, k, d) latent actions of all transitions, those inside `frames` included.
             steps, guidance: sampling settings; None: the world's own.
             draw: source of the noise; None: unseeded.
@@ -181,27 +271,12 @@ class World(nn.Module):
         Returns:
             video (b, 3, t, h, w) in [-1, 1], whose first t0 frames are the past as decoded from its latents.
         """
-        draw = draw or Draw(torch.seed() % 2 ** 31, device=frames.device)
-        steps = self.cfg.sampling_steps if steps is None else steps
-        guidance = self.cfg.guidance if guidance is None else guidance
-        actions, latents = self.pack(actions), self.vae.encode(frames)
-        known, latents = len(frames), latents.expand(len(actions), -1, -1, -1, -1)
-        b, c, l0, h, w = latents.shape
-        window, cache = self.cfg.window or actions.shape[1], None
-        fps = torch.full((b,), 24.0, device=frames.device) if fps is None else fps
-        for j in range(l0, actions.shape[1] + 1):
-            # the clean past goes through the DiT once; beyond the window it slides, and starts over as a shorter clip
-            if cache is None or cache.frames == window:
-                first, cache, past = max(0, j - window), KVCache(), latents[:, :, max(0, j - window):]
-            else:
-                past = latents[:, :, -1:]
-            n = known if j == l0 else b         # only what all share is there at first
-            cache.append = True
-            self.dit(past[:n], past.new_zeros(n, past.shape[2]), actions[:n, first:j - 1], fps[:n], cache)
-            cache.append = False
-            x = sample(self.dit, draw(torch.randn, b, c, 1, h, w), 0, actions[:, first:j], steps, guidance,
-                       self.cfg.time_shift, fps, cache)
-            latents = torch.cat([latents, x], 2)
-        return self.vae.decode(latents, 1 + actions.shape[1] * self.vae.time_stride).clamp(-1, 1)
-
-
+        draw = draw or unseeded(frames.device)
+        dream = self.begin(frames, actions[:len(frames), :frames.shape[2] - 1])
+        packed = self.pack(actions)                                             # (b, l-1, r*k*d)
+        b, (_, c, l0, h, w) = len(actions), dream.latents.shape
+        for i in range(l0 - 1, packed.shape[1]):
+            noise = draw(torch.randn, b, c, 1, h, w)
+            dream = self.step(dream, packed[:, i:i + 1], noise, steps, guidance, fps)
+        latents = dream.latents.expand(b, -1, -1, -1, -1)
+        return self.vae.decode(latents, 1 + actions.shape[1]).clamp(-1, 1)

@@ -1,11 +1,9 @@
 """Latent action model (LAM): which discrete action leads from each frame to the next?
 
-Paper: sections 3.1 and 3.2, appendix B.1. IDM (inverse dynamics model): an ST-Transformer (Xu et al. 2020, as in
-Genie) looks at o_1..o_{t+1} and infers z_t; a vector quantizer makes it discrete. FDM (forward dynamics model): a
-spatial Transformer that predicts o_{t+1} from o_t and z_t; only the two-stage baseline has one.
-
-Shape key of the repository: b batch, t frames, l latent frames, c channels, h w height and width, s tokens a frame,
-k action tokens, d width, n attention heads, e width of a head.
+Paper: sections 3.1 and 3.2, appendix B.1. IDM (inverse dynamics model): an ST-Transformer (Xu et al. 2020,
+as in Genie) looks at o_1..o_{t+1} and infers z_t; a vector quantizer makes it discrete. FDM (forward
+dynamics model): a spatial Transformer that predicts o_{t+1} from o_t and z_t; only the two-stage baseline
+has one.
 """
 
 from dataclasses import dataclass
@@ -31,11 +29,9 @@ class LAMConfig:
     num_codes: int = 32
     code_dim: int = 32
     tokens: int = 2             # k, codes a transition
-    pairs: bool = False         # (ours) the IDM sees only o_t and o_{t+1}, not the frames before
-    odd: bool = False           # (ours) with pairs: z(o, o') = f(o, o') - f(o', o), so that undoing a move is its opposite
-    difference: bool = False    # (ours) the IDM sees each frame minus the one before
+    odd: bool = False           # (ours) z(o, o') = f(o, o') - f(o', o): undoing a move is its opposite
     standardize: bool = False   # (ours) normalise the IDM's output over the batch before quantizing
-    latent_scale: float = 1.0   # (ours) scale of what is quantized: sets what the VQ losses' weight of 1 means
+    latent_scale: float = 1.0   # (ours) scale of what is quantized: what the VQ losses' weight of 1 means
 
 
 def patchify(video, p):
@@ -44,7 +40,8 @@ def patchify(video, p):
 
 
 class IDM(nn.Module):
-    """ST-Transformer: k learned action queries join each frame's patches; what they hold at frame t+1 becomes z_t.
+    """ST-Transformer: k learned action queries join each frame's patches; what they hold at frame t+1
+    becomes z_t.
 
     Temporal attention is causal, so z_t depends on frames 1..t+1 only; its positions are relative.
     """
@@ -66,9 +63,6 @@ class IDM(nn.Module):
         """video (b, 3, t, h, w) in [-1, 1] -> latent actions before quantization (b, t-1, k, d)"""
         b, t, k = video.shape[0], video.shape[2], self.cfg.tokens
         video = resize(video, self.cfg.size)
-        if self.cfg.difference:
-            before = torch.cat([video[:, :, :1], video[:, :, :-1]], 2)
-            video = video - before
         x = self.patch(patchify(video, self.cfg.patch)) + self.pos              # (b, t, s, width)
         x = torch.cat([repeat(self.queries, "k d -> b t k d", b=b, t=t), x], 2)
         for block in self.blocks:
@@ -107,14 +101,15 @@ def resize(video, size):
     """(b, c, t, h, w) -> (b, c, t, size, size), bilinear"""
     if video.shape[-2:] == (size, size):
         return video
-    frames = F.interpolate(rearrange(video, "b c t h w -> (b t) c h w"), (size, size), mode="bilinear", antialias=True)
+    frames = rearrange(video, "b c t h w -> (b t) c h w")
+    frames = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
 
 
 class Standardize(nn.Module):
     """Subtract the running mean and divide by the running standard deviation of each element, over all ranks.
 
-    A device that is not in the paper. No gradient flows through the statistics.
+    Ours, not in the paper. No gradient flows through the statistics.
     """
 
     def __init__(self, *shape, momentum=0.05):
@@ -123,18 +118,23 @@ class Standardize(nn.Module):
         self.register_buffer("moments", torch.zeros(2, *shape))                 # of z and z^2
         self.register_buffer("weight", torch.zeros(()))                         # corrects the zero start
 
+    @torch.no_grad()
+    def update(self, z):
+        moments = torch.stack([z, z ** 2]).mean((1, 2))                         # (2, *shape)
+        if dist.is_initialized():
+            dist.all_reduce(moments)
+            moments /= dist.get_world_size()
+        self.moments.lerp_(moments, self.momentum)
+        self.weight.lerp_(torch.ones_like(self.weight), self.momentum)
+
     def forward(self, z):
         """(b, t, *shape) -> the same shape"""
         if self.training:
-            with torch.no_grad():
-                moments = torch.stack([z, z ** 2]).mean((1, 2))
-                if dist.is_initialized():
-                    dist.all_reduce(moments)
-                    moments /= dist.get_world_size()
-                self.moments.lerp_(moments, self.momentum)
-                self.weight.lerp_(torch.ones_like(self.weight), self.momentum)
+            self.update(z)
         mean, square = self.moments / self.weight.clamp(min=1e-6)
-        variance = torch.where(self.weight > 0, (square - mean ** 2).clamp(min=1e-6), 1.0)      # before training z stays as it is
+        variance = (square - mean ** 2).clamp(min=1e-6)
+        # before training z stays as it is
+        variance = torch.where(self.weight > 0, variance, 1.0)
         return (z - mean) / variance.sqrt()
 
 
@@ -142,15 +142,13 @@ class LAM(nn.Module):
     """Latent action model: IDM and quantizer, and for the two-stage baseline an FDM.
 
     Raises:
-        ValueError: the frame size is not a multiple of the patch, or `odd` without `pairs`.
+        ValueError: the frame size is not a multiple of the patch.
     """
 
     def __init__(self, cfg):
         super().__init__()
         if cfg.size % cfg.patch:
             raise ValueError(f"LAM: size {cfg.size} is not a multiple of its patch {cfg.patch}")
-        if cfg.odd and not cfg.pairs:
-            raise ValueError("LAM: latent actions that are odd in time need --pairs 1")
         self.cfg = cfg
         self.quantize = True                        # False: latent actions stay continuous
         self.idm = IDM(cfg)
@@ -161,11 +159,9 @@ class LAM(nn.Module):
 
     def infer(self, video):
         """Latent actions before quantization: video (b, 3, t, h, w) in [-1, 1] -> (b, t-1, k, d)"""
-        if self.cfg.pairs:
+        if self.cfg.odd:                            # from the two frames of a transition alone
             pairs = rearrange(video.unfold(2, 2, 1), "b c t h w two -> (b t) c two h w")
-            z = self.idm(pairs)
-            if self.cfg.odd:
-                z = z - self.idm(pairs.flip(2))
+            z = self.idm(pairs) - self.idm(pairs.flip(2))
             z = rearrange(z, "(b t) 1 k d -> b t k d", b=len(video))
         else:
             z = self.idm(video)
@@ -179,13 +175,15 @@ class LAM(nn.Module):
             draw: source of the noise (flow.Draw); None: unseeded.
 
         Returns:
-            z_q (b, t-1, k, d), where z_q[:, i] leads from frame i to i+1; indices (b, t-1, k) int64; the VQ loss.
+            z_q (b, t-1, k, d), where z_q[:, i] leads from frame i to i+1; indices (b, t-1, k) int64; the
+            VQ loss.
         """
         z = self.infer(video)
         z_q, indices, loss = self.vq(z)
         if self.quantize:
             return z_q, indices, loss
-        if self.training:       # a soft bottleneck: what z is to tell must stand out from noise of half its scale
+        if self.training:
+            # a soft bottleneck: what z is to tell must stand out from noise of half its scale
             noise = draw(torch.randn, *z.shape) if draw else torch.randn_like(z)
             z = z + 0.5 * self.cfg.latent_scale * noise
         return z, indices, 0 * loss                 # not a constant: under DDP every parameter must take part
@@ -207,7 +205,8 @@ class LAM(nn.Module):
 
 
 class Adapter(nn.Module):
-    """From real actions to the latent action's codes: a two-layer MLP (section 4.4, appendix C.2; its width is ours).
+    """From real actions to the latent action's codes: a two-layer MLP (section 4.4, appendix C.2; its
+    width is ours).
 
     Args:
         action_dim: a, of the real actions.
@@ -217,7 +216,8 @@ class Adapter(nn.Module):
     def __init__(self, action_dim, cfg, width=256):
         super().__init__()
         self.action_dim, self.cfg = action_dim, cfg
-        self.mlp = nn.Sequential(nn.Linear(action_dim, width), nn.GELU(), nn.Linear(width, cfg.tokens * cfg.num_codes))
+        logits = cfg.tokens * cfg.num_codes
+        self.mlp = nn.Sequential(nn.Linear(action_dim, width), nn.GELU(), nn.Linear(width, logits))
 
     def forward(self, actions):
         """real actions (b, t-1, a) -> logits of the codes (b, t-1, k, num_codes)"""

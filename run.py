@@ -1,33 +1,47 @@
-"""A run around the loop: how it ends, what it says, what its ranks share."""
+"""A run around the loop: its ranks, its folder and log, what is measured on the way, and how it is
+stopped."""
 
+import json
 import os
+import signal
 import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from checkpoint import newest
+from checkpoint import newest, save
+from config import phases
+from evaluate import align, loss_by_time, report, save_gif
+from formats import UserError, speaks, whole
+from metrics import codebook_metrics, collapsed
 
-
-def stop(message, status=1):
-    """End with one line a node."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def last_checkpoint(out):
-    """What a run that was stopped can go on from. The folder knows: memory may be a moment behind it."""
-    try:
-        state, file = newest(out)
-    except ValueError:
-        return "no checkpoint was written yet"
-    return f"the last checkpoint, of step {state['step']}, is {file}"
+WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
+# what a result line always has; null where it cannot be measured
+RESULTS = ("utilization", "entropy", "max_usage", "psnr", "psnr_shuffled", "psnr_null", "psnr_copy",
+           "probe_r2", "probe_l1", "nmi")
 
 
-def speed(done, left, seconds):
-    """How fast a run goes, and how long it has to go"""
-    return {"steps_per_second": round(done / seconds, 2), "minutes_left": round(left * seconds / done / 60, 1)}
+def connect(process):
+    """Let the ranks that torchrun started find each other."""
+    if process.ranks == 1:
+        return
+    if process.cuda:
+        torch.cuda.set_device(process.device)
+    # restarted ranks must not find the addresses of dead ones, so each attempt has keys of its own;
+    # only on a single node, because nodes count their restarts apart
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+    backend = "nccl" if process.cuda else "gloo"
+    timeout = timedelta(hours=2)                # the first rank evaluates while the others wait
+    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.ranks,
+                            timeout=timeout)
 
 
 def gather(x):
@@ -37,3 +51,277 @@ def gather(x):
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.stack(parts)
+
+
+class Stops:
+    """Reasons to stop that one rank sees and all must follow at the same step: SIGTERM, a number that is
+    not finite."""
+
+    def __init__(self, process):
+        self.process, self.terminated = process, False
+        self.seen = torch.zeros(2, device=process.device)
+        signal.signal(signal.SIGTERM, self.terminate)
+
+    def terminate(self, *_):
+        self.terminated = True
+
+    def look(self, number):
+        """Remember, without waiting for the device, whether a scalar is finite and whether SIGTERM has
+        come."""
+        terminated = torch.tensor(self.terminated, device=number.device)
+        self.seen = torch.maximum(self.seen, torch.stack([~number.isfinite(), terminated]).float())
+
+    def agreed(self):
+        """What any rank has seen so far: (not finite, terminated)"""
+        if self.process.ranks > 1:
+            dist.all_reduce(self.seen, dist.ReduceOp.MAX)
+        not_finite, terminated = self.seen.tolist()
+        return bool(not_finite), bool(terminated)
+
+
+class Run:
+    """The folder of a run, out/NAME, and all that is written there, by the first rank alone.
+
+    Args:
+        step: where it starts; file: the checkpoint that it goes on from, or None.
+    """
+
+    def __init__(self, cfg, process, step=0, file=None):
+        self.cfg, self.process, self.step = cfg, process, step
+        self.out = os.path.join("out", cfg.name) if cfg.resume == "none" else cfg.resume
+        self.log = os.path.join(self.out, "metrics.jsonl")
+        self.path = os.path.join(self.out, "ckpt.pt")
+        self.saved = step if file == self.path else None        # the step of ckpt.pt, if it is whole
+        self.total = sum(phase.steps for phase in phases(cfg))
+        steps = gather(torch.tensor(step, device=process.device)).tolist()
+        if len(set(steps)) > 1:
+            raise UserError(f"--resume {cfg.resume}: ranks found checkpoints of different steps, {steps}")
+        if process.master:
+            self.open_folder()
+            if file:
+                print(f"  goes on at step {step} of {file}")
+        # no bar where the output is a file: there the log lines tell how far it is
+        self.bar = tqdm(total=self.total, initial=step, disable=None if process.master else True,
+                        dynamic_ncols=True)
+        self.first, self.began = step, time.time()
+
+    def open_folder(self):
+        """Make the folder and its first files. An older run there is moved aside, unless this one goes on
+        with it."""
+        if self.cfg.resume == "none" and os.path.exists(self.out):
+            number = 1
+            while os.path.exists(f"{self.out}.{number}"):
+                number += 1
+            os.rename(self.out, f"{self.out}.{number}")
+            print(f"  {self.out} exists: moved to {self.out}.{number}")
+        os.makedirs(os.path.join(self.out, "samples"), exist_ok=True)
+        launch = os.getppid() if self.process.ranks > 1 else None               # see config.restarted
+        settings = asdict(replace(self.cfg, resume="none")) | {"torchrun": launch}
+        rows = self.rows_to_keep()
+        with whole(self.log) as part, open(part, "w") as f:
+            f.writelines(rows)
+        with whole(os.path.join(self.out, "config.json")) as part, open(part, "w") as f:
+            json.dump(settings, f, indent=1)
+
+    def rows_to_keep(self):
+        """Lines of the log up to the checkpoint; what comes after will be written again."""
+        if not os.path.exists(self.log):
+            return []
+        with open(self.log) as f:
+            lines = [line for line in f if line.endswith("}\n")]        # the last one may be half-written
+        kept = []
+        for line in lines:
+            row = json.loads(line)
+            again = row["event"] == "result" or (row["event"], row["step"]) == ("align", self.step)
+            if row["step"] <= self.step and not again:
+                kept.append(line)
+        return kept
+
+    def record(self, event, **numbers):
+        """One object in metrics.jsonl, one line on the terminal."""
+        if not self.process.master:
+            return
+        with open(self.log, "a") as f:
+            f.write(json.dumps({"event": event, **numbers}) + "\n")
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items() if "/" not in k}
+        tqdm.write(f"{event}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
+
+    def speed(self):
+        """How fast the run goes, and how long it has to go"""
+        done, seconds = self.step - self.first, time.time() - self.began
+        left = (self.total - self.step) * seconds / done
+        return {"steps_per_second": round(done / seconds, 2), "minutes_left": round(left / 60, 1)}
+
+    def save(self, phase, world, optimizer):
+        """A checkpoint of this step."""
+        if not self.process.master:
+            return
+        adapter = world.adapter.state_dict() if world.adapter else None
+        save(self.out, self.cfg.keep, self.saved, step=self.step, phase=phase.name, world=world.config(),
+             lam=world.lam.state_dict(), dit=world.dit.state_dict(), adapter=adapter,
+             quantize=world.lam.quantize, optimizer=optimizer.state_dict(), config=asdict(self.cfg))
+        self.saved = self.step
+
+    def stop(self, why, status=1):
+        """End the program with one line a node that says what can be gone on from."""
+        self.bar.close()
+        try:
+            state, file = newest(self.out)      # the folder knows: memory may be a moment behind it
+            kept = f"the last checkpoint, of step {state['step']}, is {file}"
+        except UserError:
+            kept = "no checkpoint was written yet"
+        if speaks():
+            print(f"train.py: {why} at step {self.step}; {kept}", file=sys.stderr)
+        sys.exit(status)
+
+    def close(self):
+        self.bar.close()
+        if self.process.ranks > 1:
+            dist.destroy_process_group()
+
+
+def set_modes(world, phase):
+    world.train()
+    world.lam.train("lam" in phase.trains)      # a frozen LAM does not update its moments either
+
+
+class Watch:
+    """Measures a run while it trains.
+
+    For each log line the means of the last steps, the codebook, an alarm when it collapses, and how LAM and
+    generator fit each other; now and then everything else, on held-out clips.
+
+    Args:
+        data: clips, `heldout` by source and those `labelled` with true actions.
+    """
+
+    def __init__(self, cfg, process, run, world, data):
+        self.cfg, self.process, self.run, self.world, self.data = cfg, process, run, world, data
+        self.alarmed = False
+        if process.master and any(phase.dreams for phase in phases(cfg)):
+            self.fixed = data.heldout[cfg.data][range(max(8, 256 // (cfg.frames - 1)))]
+            robot = [heldout for name, _, heldout in data.labelled if name == "cross"]
+            self.known = robot[0][range(len(self.fixed["fps"]))] if robot else None
+
+    def begin(self, phase):
+        self.phase, self.recent = phase, []     # (numbers, indices) of the last steps
+        self.grad, self.grad_before = None, None
+
+    def add(self, found, norm):
+        """found: what the losses of a step's parts returned"""
+        def mean(name):
+            return torch.stack([f[name] for f in found]).mean()
+
+        numbers = {name: mean(name) for name, v in found[0].items() if name != "indices" and v.dim() == 0}
+        indices = torch.cat([f["indices"] for f in found]) if self.phase.codes else None
+        self.recent = self.recent[1 - WINDOW:] + [(numbers | {"norm": norm}, indices)]
+        if "lam" in self.phase.trains and self.run.step % self.cfg.log_every in (0, self.cfg.log_every - 1):
+            self.grad_before = self.grad
+            self.grad = torch.cat([p.grad.flatten() for p in self.world.lam.idm.parameters()])
+
+    def numbers(self):
+        """For a log line. Every rank must ask, as the codes of all count."""
+        last = [numbers for numbers, _ in self.recent[-self.cfg.log_every:]]
+        out = {name: torch.stack([row[name] for row in last]).mean().item() for name in last[0]}
+        if self.phase.codes and self.world.lam.quantize:
+            indices = gather(torch.stack([indices for _, indices in self.recent])).flatten(0, -2)
+            out |= codebook_metrics(indices, self.world.lam.cfg.num_codes)
+            if "lam" in self.phase.trains:
+                self.alarm(collapsed(indices), out["max_usage"])
+        if self.grad_before is not None:
+            out["grad_cosine"] = F.cosine_similarity(self.grad_before, self.grad, 0).item()
+        return out | self.alignment()
+
+    def alarm(self, found, max_usage):
+        """One line when the codebook collapses, and one when it recovers."""
+        if found == self.alarmed:
+            return
+        self.alarmed = found
+        message = ("the codebook has collapsed: nearly all transitions have the same codes" if found
+                   else "the codebook has recovered")
+        self.run.record("alarm", phase=self.phase.name, step=self.run.step, message=message,
+                        max_usage=max_usage)
+
+    def alignment(self):
+        """How LAM and generator fit each other, on fixed held-out clips (`evaluate.align`)"""
+        if not (self.process.master and self.phase.dreams):
+            return {}
+        with self.measuring():
+            return align(self.world, self.fixed, self.known)
+
+    def evaluate(self, event, share=1):
+        """Measure on held-out clips, and log it as `event`; `share` of the final numbers of clips."""
+        cfg, heldout = self.cfg, self.data.heldout[self.phase.data]
+        numbers, videos = dict.fromkeys(RESULTS), None
+        with self.measuring():
+            if self.phase.codes:
+                dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0
+                transitions = cfg.eval_transitions // share ** 2
+                numbers, videos = report(self.world, heldout, self.data.labelled, dreamed,
+                                         min(2048, cfg.eval_transitions), transitions)
+            else:
+                numbers |= loss_by_time(self.world, heldout, 256, False)
+        if videos:
+            save_gif(os.path.join(self.run.out, "samples", f"{self.run.step:06d}.gif"), videos)
+        self.run.record(event, phase=self.phase.name, step=self.run.step, **numbers)
+
+    @contextmanager
+    def measuring(self):
+        """Eval mode, and no compiled graphs: dreams have too many shapes to compile them all."""
+        eager = torch.compiler.set_stance("force_eager") if self.cfg.compile else nullcontext()
+        self.world.eval()
+        with self.process.autocast(), eager:
+            yield
+        set_modes(self.world, self.phase)
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def memory(cfg, world, groups, phase, batch):
+    """Estimate of a process's memory in GB: float32 weights, gradients and moments; bf16 activations of
+    its clips.
+
+    Activations are counted by bytes saved a token, unit of width and block (measured with saved-tensor
+    hooks).
+    """
+    trained = sum(count(groups[name]) for name in phase.trains if name in groups)
+    state = 4 * count(world.parameters()) + 12 * trained
+    dit, lam = world.dit.cfg, world.lam.cfg
+    seen = cfg.frames * lam.width * ((lam.size // lam.patch) ** 2 + lam.tokens)
+    side = cfg.size // (dit.patch * world.vae.pixel_stride)
+    dreamed = world.vae.latent_frames(cfg.frames) * dit.hidden * side ** 2
+    saved = []                                  # (tokens x width, blocks, bytes)
+    if "lam" in phase.trains:
+        saved.append((seen, lam.depth, 96))
+    if "fdm" in phase.trains:
+        saved.append((seen, lam.fdm_depth, 73))
+    if "action" in phase.trains or "body" in phase.trains:
+        saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase.trains else 51))
+    if cfg.activation_checkpointing:            # a block's input stays, and one block at a time
+        activations = sum(units * (4 * blocks + size) for units, blocks, size in saved)
+    else:
+        activations = sum(units * blocks * size for units, blocks, size in saved)
+    return state / 1e9, batch * activations / 1e9
+
+
+def describe(cfg, process, world, groups, absent):
+    """Print what will train."""
+    parts = ", ".join(f"{name} {count(parameters) / 1e6:.2f} M" for name, parameters in groups.items())
+    share = process.ranks * cfg.accumulate
+    print(f"{cfg.name}: {parts} parameters; batch {cfg.batch} = {process.ranks} x {cfg.accumulate} x "
+          f"{cfg.batch // share} clips of {cfg.frames} frames on {process.device}")
+    for phase in phases(cfg):
+        trains = " + ".join(sorted(phase.trains))
+        print(f"  {phase.name}: {phase.steps} steps on {phase.data}, trains {trains}")
+        if cfg.dry_run:
+            state, activations = memory(cfg, world, groups, phase, phase.batch // share)
+            print(f"    about {state + activations:.1f} GB a process: {state:.1f} weights, gradients, moments"
+                  f" + {activations:.1f} activations in bf16")
+    if cfg.dry_run and cfg.preset == "opensora":
+        idm, dit = (count(model.parameters()) / 1e9 for model in (world.lam.idm, world.dit))
+        print(f"  IDM {idm:.3f} B, generator with action modules {dit:.3f} B; the paper says 0.93 B, "
+              "which does not follow from its parts")
+    for name in absent:
+        print(f"  --{name} {getattr(cfg, name)}: not there yet; a run needs it")

@@ -1,4 +1,9 @@
-"""The Transformer parts that all models here share: attention, block, position embeddings, a cache of keys and values."""
+"""The parts that all Transformers here share: position embeddings, attention, MLP, block, a cache of keys
+and values.
+
+Shape key of the repository: b batch, t frames, l latent frames, c channels, h w height and width, s tokens
+a frame, k action tokens a transition, d width, n attention heads, e width of a head.
+"""
 
 from contextlib import nullcontext
 
@@ -10,37 +15,54 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def rope(x, start=0):
-    """Rotary position embedding, interleaved pairs, base 10000 (Su et al. 2021): x (b, n, t, e), first position start."""
+    """Rotary position embedding, interleaved pairs, base 10000 (Su et al. 2021, arXiv 2104.09864).
+
+    x (b, n, t, e) at positions start, start + 1, ... -> the same shape
+    """
     t, e = x.shape[-2:]
-    angle = torch.arange(start, start + t, device=x.device)[:, None] * 10000 ** (
-        -torch.arange(0, e, 2, device=x.device) / e)                                  # (t, e/2)
+    place = torch.arange(start, start + t, device=x.device)
+    frequency = 10000 ** (-torch.arange(0, e, 2, device=x.device) / e)
+    angle = place[:, None] * frequency                                          # (t, e/2)
     cos, sin = angle.cos(), angle.sin()
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # each (b, n, t, e/2)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
 
 
 def sincos(position, d):
-    """Fixed embedding [sin, cos] of a 1-D position tensor over frequencies 10000^(-2i/d): (n,) -> (n, d)."""
+    """Fixed embedding [sin, cos] of positions (n,) over frequencies 10000^(-2i/d) -> (n, d)"""
     angle = position[:, None] * 10000 ** (-torch.arange(0, d, 2, device=position.device) / d)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
 def sincos_2d(rows, cols, d):
-    """Embedding of a grid: first half of the channels for the column, second for the row: (rows*cols, d)."""
-    y = sincos(rows, d // 2)[:, None].expand(-1, len(cols), -1)
+    """Fixed embedding of a grid, its columns in the first half of the channels: (rows * cols, d)"""
+    y = sincos(rows, d // 2)[:, None].expand(-1, len(cols), -1)                 # (rows, cols, d/2)
     x = sincos(cols, d // 2)[None].expand(len(rows), -1, -1)
     return torch.cat([x, y], -1).flatten(0, 1)
 
 
 class KVCache:
-    """Temporal keys and values of the clean past. A call of the DiT reads them, and adds its own while `append`."""
+    """Temporal keys and values of the clean past. A call of the DiT reads them, and adds its own while
+    `append`."""
 
     def __init__(self):
         self.past, self.frames, self.append = {}, 0, True
 
 
+def extend(past, new):
+    """Keys or values of earlier positions (m, n, p, e), then those of new ones (b, n, s, e): (b, n, p+s, e)
+
+    Where m < b the past is shared: row i of the new goes on from row i modulo m.
+    """
+    m = len(past)
+    past = past.expand(len(new) // m, *past.shape)                              # (b/m, m, n, p, e)
+    new = new.unflatten(0, (-1, m))                                             # (b/m, m, n, s, e)
+    return torch.cat([past, new], 3).flatten(0, 1)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; optionally RMS-normalised q and k, RoPE, a causal mask, a cached past."""
+    """Multi-head self-attention; optionally with RoPE, a causal mask, a cached past. q and k are
+    RMS-normalised."""
 
     def __init__(self, d, heads, rope=False, causal=False):
         super().__init__()
@@ -51,8 +73,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d, d)
 
     def forward(self, x, past=None):
-        """x: (b, s, d); past: (k, v) of earlier positions, each (b, n, p, e), or of fewer rows that x repeats: row i goes on from row
-        i modulo their number. Returns (b, s, d) and all (k, v)."""
+        """x (b, s, d), past (k, v) as for `extend` or None -> (b, s, d), and (k, v) of past and x"""
         q, k, v = rearrange(self.qkv(x), "b s (three n e) -> three b n s e", three=3, n=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         start = 0 if past is None else past[0].shape[2]
@@ -60,19 +81,20 @@ class Attention(nn.Module):
             q, k = rope(q, start), rope(k, start)
         mask = None
         if past is not None:
-            rows = len(past[0])
-            k, v = (torch.cat([old.expand(len(x) // rows, *old.shape), new.unflatten(0, (-1, rows))], 3).flatten(0, 1)
-                    for old, new in zip(past, (k, v)))
+            k, v = extend(past[0], k), extend(past[1], v)
             if self.causal:
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(start)
         # on a CPU the fused kernel is slow for the few frames of a toy clip
-        plain = x.device.type == "cpu" and q.shape[2] * k.shape[2] <= 16
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, is_causal=self.causal and past is None)
+        few = x.device.type == "cpu" and q.shape[2] * k.shape[2] <= 16
+        with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
+            causal = self.causal and past is None
+            y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), mask, is_causal=causal)
         return self.proj(rearrange(y, "b n s e -> b s (n e)")), (k, v)
 
 
 class MLP(nn.Module):
+    """Two linear layers with a tanh-GELU between them; the inner one is `ratio` times as wide."""
+
     def __init__(self, d, ratio=4):
         super().__init__()
         self.fc1 = nn.Linear(d, round(ratio * d))
@@ -83,7 +105,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block over tokens (b, t, s, d): spatial and/or causal temporal attention, then an MLP."""
+    """Pre-norm block over tokens (b, t, s, d): spatial and/or causal temporal attention, then an MLP."""
 
     def __init__(self, d, heads, spatial=True, temporal=True, ratio=4):
         super().__init__()
@@ -97,8 +119,10 @@ class Block(nn.Module):
     def forward(self, x):
         b, t, s, d = x.shape
         if self.has_spatial:
-            x = x + self.spatial(self.spatial_norm(x).view(b * t, s, d))[0].view(b, t, s, d)
+            y, _ = self.spatial(self.spatial_norm(x).view(b * t, s, d))
+            x = x + y.view(b, t, s, d)
         if self.has_temporal:
             y = rearrange(self.temporal_norm(x), "b t s d -> (b s) t d")
-            x = x + rearrange(self.temporal(y)[0], "(b s) t d -> b t s d", b=b)
+            y, _ = self.temporal(y)
+            x = x + rearrange(y, "(b s) t d -> b t s d", b=b)
         return x + self.mlp(self.mlp_norm(x))

@@ -1,9 +1,9 @@
 """Between pixels and latents.
 
-`PixelVAE` is the identity, for models that work on pixels (presets tiny and small). `OpenSoraVAE` is the video VAE of
-Open-Sora v1.2 (hpcaitech/Open-Sora, branch opensora/v1.2): an image VAE (AutoencoderKL, Rombach et al. 2022) takes each
-frame to 8x8 times smaller latents, a causal 3-D VAE (after MAGVIT-v2, Yu et al. 2024) takes 4 frames of those to one.
-Module names are those of the released weights.
+`PixelVAE` is the identity, for models that work on pixels (presets tiny and small). `OpenSoraVAE` is the
+video VAE of Open-Sora v1.2 (hpcaitech/Open-Sora, branch opensora/v1.2): an image VAE (AutoencoderKL,
+Rombach et al. 2022) takes each frame to 8x8 times smaller latents, a causal 3-D VAE (after MAGVIT-v2, Yu
+et al. 2024) takes 4 frames of those to one. Module names are those of the released weights.
 """
 
 import os
@@ -35,13 +35,14 @@ class PixelVAE(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, plus the input. conv(cin, cout, kernel) makes a 2-D or a causal 3-D convolution."""
+    """Norm, SiLU, convolution, twice, plus the input. conv(cin, cout, kernel) makes a 2-D or a causal 3-D
+    convolution."""
 
     def __init__(self, cin, cout, conv, norm, shortcut):
         super().__init__()
         self.norm1, self.conv1 = norm(cin), conv(cin, cout, 3)
         self.norm2, self.conv2 = norm(cout), conv(cout, cout, 3)
-        self.shortcut = shortcut if cin != cout else None                       # its name in the released weights
+        self.shortcut = shortcut if cin != cout else None               # its name in the released weights
         if self.shortcut:
             self.add_module(shortcut, conv(cin, cout, 1))
 
@@ -66,7 +67,7 @@ def posterior(moments, sample):
     return mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean) if sample else mean
 
 
-# the image VAE --------------------------------------------------------------------------------------------------------
+# the image VAE ---------------------------------------------------------------------------------------
 
 
 class PixelAttention(nn.Module):
@@ -96,7 +97,8 @@ class Middle(nn.Module):
 
 
 class ImageCoder(nn.Module):
-    """Encoder or decoder: levels of residual blocks, each but the last ending in a change of resolution by 2."""
+    """Encoder or decoder: levels of residual blocks, each but the last ending in a change of resolution by
+    2."""
 
     def __init__(self, cin, cout, widths, layers, groups, up):
         super().__init__()
@@ -109,8 +111,9 @@ class ImageCoder(nn.Module):
         for i, width in enumerate(widths):
             level = nn.ModuleDict({"resnets": resnets(widths[max(i - 1, 0)], width, layers, block)})
             if i < last:
-                resize = nn.Conv2d(width, width, 3, padding="same") if up else nn.Conv2d(width, width, 3, stride=2)
-                level["upsamplers" if up else "downsamplers"] = nn.ModuleList([nn.ModuleDict({"conv": resize})])
+                name = "upsamplers" if up else "downsamplers"
+                resize = conv(width, width, 3) if up else nn.Conv2d(width, width, 3, stride=2)
+                level[name] = nn.ModuleList([nn.ModuleDict({"conv": resize})])
             levels.append(level)
         self.add_module("up_blocks" if up else "down_blocks", nn.ModuleList(levels))
         self.mid_block = Middle(widths[0] if up else widths[-1], block, norm)
@@ -135,7 +138,8 @@ class ImageCoder(nn.Module):
 class ImageVAE(nn.Module):
     """Frame by frame, `micro_batch` frames at a time so that memory stays bounded."""
 
-    def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, latent_channels=4,
+    def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
+                 latent_channels=4,
                  scaling_factor=0.18215, micro_batch=4):
         super().__init__()
         z, widths = latent_channels, list(block_out_channels)
@@ -148,18 +152,26 @@ class ImageVAE(nn.Module):
 
     def by_frame(self, f, video):
         frames = rearrange(video, "b c t h w -> (b t) c h w")
-        return rearrange(torch.cat([f(x) for x in frames.split(self.micro_batch)]), "(b t) c h w -> b c t h w", b=len(video))
+        frames = torch.cat([f(part) for part in frames.split(self.micro_batch)])
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
 
     def encode(self, video, sample=False):
         """video (b, 3, t, h, w) in [-1, 1] -> (b, 4, t, h/8, w/8)"""
-        moments = self.by_frame(lambda x: self.module["quant_conv"](self.module["encoder"](x)), video)
+        moments = self.by_frame(self.moments, video)
         return posterior(moments, sample) * self.scaling
 
     def decode(self, latents):
-        return self.by_frame(lambda x: self.module["decoder"](self.module["post_quant_conv"](x)), latents / self.scaling)
+        """(b, 4, t, h/8, w/8) -> (b, 3, t, h, w)"""
+        return self.by_frame(self.frames, latents / self.scaling)
+
+    def moments(self, frames):
+        return self.module["quant_conv"](self.module["encoder"](frames))
+
+    def frames(self, latents):
+        return self.module["decoder"](self.module["post_quant_conv"](latents))
 
 
-# the temporal VAE -----------------------------------------------------------------------------------------------------
+# the temporal VAE ------------------------------------------------------------------------------------
 
 
 class CausalConv3d(nn.Module):
@@ -180,8 +192,10 @@ class TimeEncoder(nn.Module):
     def __init__(self, z, base, widths, n, halve, block, norm):
         super().__init__()
         self.conv_in = CausalConv3d(z, base, 3, bias=False)
-        self.block_res_blocks = nn.ModuleList(resnets(below, w, n, block) for below, w in zip([base] + widths, widths))
-        self.conv_blocks = nn.ModuleList(CausalConv3d(w, w, 3, stride=2) if h else nn.Identity() for w, h in zip(widths, halve))
+        below = [base] + widths
+        self.block_res_blocks = nn.ModuleList(resnets(b, w, n, block) for b, w in zip(below, widths))
+        self.conv_blocks = nn.ModuleList(CausalConv3d(w, w, 3, stride=2) if h else nn.Identity()
+                                         for w, h in zip(widths, halve))
         self.res_blocks = resnets(widths[-1], widths[-1], n, block)
         self.norm1, self.conv2 = norm(widths[-1]), CausalConv3d(widths[-1], 2 * z, 1)
 
@@ -203,7 +217,8 @@ class TimeDecoder(nn.Module):
         self.res_blocks = resnets(widths[-1], widths[-1], n, block)
         above = widths[1:] + widths[-1:]
         self.block_res_blocks = nn.ModuleList(resnets(a, w, n, block) for a, w in zip(above, widths))
-        self.conv_blocks = nn.ModuleList(CausalConv3d(a, 2 * a, 3) if h else nn.Identity() for a, h in zip(above, halve))
+        self.conv_blocks = nn.ModuleList(CausalConv3d(a, 2 * a, 3) if h else nn.Identity()
+                                         for a, h in zip(above, halve))
         self.norm1, self.conv_out = norm(widths[0]), CausalConv3d(widths[0], z, 3)
         self.halve = halve
 
@@ -217,7 +232,8 @@ class TimeDecoder(nn.Module):
 
 
 class TimeVAE(nn.Module):
-    """Latents of frames <-> fewer latents; a clip that the stride does not divide is padded with zeros in front."""
+    """Latents of frames <-> fewer latents; a clip that the stride does not divide is padded with zeros in
+    front."""
 
     def __init__(self, filters=128, num_groups=32, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
                  temporal_downsample=(False, True, True), z=4):
@@ -238,17 +254,19 @@ class TimeVAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))[:, :, -frames % self.stride:]
 
 
-# both -----------------------------------------------------------------------------------------------------------------
+# both ------------------------------------------------------------------------------------------------
 
 
 class OpenSoraVAE(nn.Module):
     """Open-Sora v1.2's frozen video VAE: 4 channels, 8x8 in space, 4 in time, in chunks of 17 frames.
 
-    The first latent of a chunk stands for its first frame alone, each other one for 4 frames. Convolutions are causal, but
-    the norms average over the chunk: a first frame encoded alone differs a little from the same frame with its future.
+    The first latent of a chunk stands for its first frame alone, each other one for 4 frames. Convolutions
+    are causal, but the norms average over the chunk: a first frame encoded alone differs a little from the
+    same frame with its future.
 
     Args:
-        spatial, temporal: sizes of `ImageVAE` and `TimeVAE`, by their names in config.json; empty: the released ones.
+        spatial, temporal: sizes of `ImageVAE` and `TimeVAE`, by their names in config.json; empty: the
+        released ones.
         chunk: frames that are encoded together (`micro_frame_size`).
     """
 
@@ -257,10 +275,12 @@ class OpenSoraVAE(nn.Module):
         self.spatial_vae = ImageVAE(**spatial)
         self.channels = spatial.get("latent_channels", 4)
         self.temporal_vae = TimeVAE(**temporal, z=self.channels)
-        self.chunk, self.pixel_stride, self.time_stride = chunk, self.spatial_vae.stride, self.temporal_vae.stride
-        self.source = None                                                      # path of the weights
-        self.register_buffer("shift", torch.empty(1, self.channels, 1, 1, 1))   # released: -0.10, 0.34, 0.27, 0.98
-        self.register_buffer("scale", torch.empty(1, self.channels, 1, 1, 1))   # released: 3.85, 2.32, 2.33, 3.06
+        self.chunk = chunk
+        self.pixel_stride, self.time_stride = self.spatial_vae.stride, self.temporal_vae.stride
+        self.source = None                                      # path of the weights
+        # of each channel; in the released weights -0.10, 0.34, 0.27, 0.98 and 3.85, 2.32, 2.33, 3.06
+        self.register_buffer("shift", torch.empty(1, self.channels, 1, 1, 1))
+        self.register_buffer("scale", torch.empty(1, self.channels, 1, 1, 1))
 
     def latent_frames(self, frames):
         """How many latent frames a clip of so many frames has"""
@@ -280,8 +300,9 @@ class OpenSoraVAE(nn.Module):
         Raises:
             ValueError: another frame size.
         """
-        if video.shape[3] % self.pixel_stride or video.shape[4] % self.pixel_stride:
-            raise ValueError(f"frames of {video.shape[3]}x{video.shape[4]}: the VAE needs multiples of {self.pixel_stride}")
+        h, w = video.shape[3:]
+        if h % self.pixel_stride or w % self.pixel_stride:
+            raise ValueError(f"frames of {h}x{w}: the VAE needs multiples of {self.pixel_stride}")
         x = self.spatial_vae.encode(video, sample)
         z = torch.cat([self.temporal_vae.encode(c, sample) for c in x.split(self.chunk, 2)], 2)
         return (z.float() - self.shift) / self.scale
@@ -293,15 +314,20 @@ class OpenSoraVAE(nn.Module):
         Raises:
             ValueError: l is not latent_frames(frames).
         """
-        if latents.shape[2] != self.latent_frames(frames):
-            raise ValueError(f"{latents.shape[2]} latent frames, but {frames} frames have {self.latent_frames(frames)}")
+        l = latents.shape[2]
+        if l != self.latent_frames(frames):
+            raise ValueError(f"{l} latent frames, but {frames} frames have {self.latent_frames(frames)}")
         chunks = (latents * self.scale + self.shift).split(self.latent_frames(self.chunk), 2)
-        x = [self.temporal_vae.decode(c, min(self.chunk, frames - i * self.chunk)) for i, c in enumerate(chunks)]
+        x = []
+        for i, chunk in enumerate(chunks):
+            left = frames - i * self.chunk
+            x.append(self.temporal_vae.decode(chunk, min(self.chunk, left)))
         return self.spatial_vae.decode(torch.cat(x, 2)).float()
 
 
 def load_opensora_vae(path):
-    """Open-Sora v1.2's VAE from its released folder (config.json, model.safetensors) or a file of its tensors.
+    """Open-Sora v1.2's VAE from its released folder (config.json, model.safetensors) or a file of its
+    tensors.
 
     Sizes are those under `spatial` and `temporal` of config.json, and the released ones where it names none.
 
@@ -312,8 +338,9 @@ def load_opensora_vae(path):
     config, read = open_weights(path)
     try:
         with torch.device("meta"):
-            vae = OpenSoraVAE(config.get("spatial", {}), config.get("temporal", {}), config.get("micro_frame_size", 17) or 10 ** 6)
-    except Exception as error:                                  # whatever odd sizes make torch's modules raise
+            chunk = config.get("micro_frame_size", 17) or 10 ** 6               # null: clips are never cut
+            vae = OpenSoraVAE(config.get("spatial", {}), config.get("temporal", {}), chunk)
+    except Exception as error:                  # whatever odd sizes make torch's modules raise
         raise ValueError(f"{path}: config.json does not fit ({error})") from None
     fill(vae, read, path)
     vae.source = os.path.abspath(path)

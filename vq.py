@@ -35,14 +35,15 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, z, iterations=20):
-        """Set the codebook by k-means on z (n, dim), from k-means++ seeds: a device that is not in the paper."""
+        """Set the codebook by k-means on z (n, dim), from k-means++ seeds (ours, not in the paper)."""
         generator = torch.Generator(z.device).manual_seed(0)
         centres = z[:1]
         while len(centres) < len(self.codebook):
             far = torch.cdist(z, centres).amin(1) ** 2 + 1e-12
             centres = torch.cat([centres, z[torch.multinomial(far, 1, generator=generator)]])
         for _ in range(iterations):
-            nearest = F.one_hot(torch.cdist(z, centres).argmin(1), len(centres)).to(z.dtype)  # (n, codes)
+            nearest = torch.cdist(z, centres).argmin(1)
+            nearest = F.one_hot(nearest, len(centres)).to(z.dtype)              # (n, codes)
             count = nearest.sum(0)[:, None]
             centres = torch.where(count > 0, nearest.T @ z / count.clamp(min=1), centres)
         self.codebook.copy_(centres)
