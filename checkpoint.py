@@ -24,8 +24,7 @@ from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
 def load_checkpoint(path):
     """What `train.py` saved, from a run's folder or a checkpoint file, on the CPU.
 
-    Raises:
-        UserError: nothing there, damaged, or not a checkpoint of ours.
+    Raises UserError: nothing there, damaged, or not a checkpoint of ours.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
@@ -51,8 +50,7 @@ def checkpoints(out):
 
 
 def save(out, keep, before, **state):
-    """Write out/ckpt.pt whole; the one before, of step `before`, becomes ckpt-STEP.pt, and `keep` of those
-    stay."""
+    """Write out/ckpt.pt whole. The one before, of step `before`, becomes ckpt-STEP.pt; `keep` of those."""
     path = os.path.join(out, "ckpt.pt")
     with whole(path) as part:
         torch.save(state, part)
@@ -63,8 +61,7 @@ def save(out, keep, before, **state):
 
 
 def newest(out):
-    """Content of a run's newest checkpoint that is whole, and its file; those that are not are named on
-    stderr."""
+    """Content and file of a run's newest checkpoint that is whole; stderr names those that are not."""
     for path in checkpoints(out):
         try:
             return load_checkpoint(path), path
@@ -102,8 +99,7 @@ def restore(state, vae_weights=None):
 
 
 def load_world(path, device="cpu", vae_weights=None):
-    """Trained World, in eval mode, from a run's folder or a checkpoint file; raises what `load_checkpoint`
-    does."""
+    """Trained World, in eval mode, from a run's folder or a checkpoint file; raises as `load_checkpoint`."""
     return restore(load_checkpoint(path), vae_weights).to(device).eval()
 
 
@@ -138,8 +134,7 @@ def load_generator(path, **action):
 
 
 def build_lam(cfg):
-    """A fresh LAM by train.py's settings, or the one that --init_lam names; with an FDM only in two-stage
-    mode."""
+    """A fresh LAM by train.py's settings, or the one of --init_lam; with an FDM only in two-stage mode."""
     fdm_depth = cfg.lam_depth if cfg.mode == "two-stage" else 0
     if cfg.init_lam == "none":
         heads = cfg.lam_width // min(64, cfg.lam_width // 2)
@@ -162,8 +157,7 @@ def build(cfg, absent=()):
     is `absent` (names of settings, for a dry run). LAM and generator are seeded apart, so that all modes
     start from the same.
 
-    Raises:
-        UserError: a file that is not what its setting wants, sizes that do not fit.
+    Raises UserError: a file that is not what its setting wants, sizes that do not fit.
     """
     try:
         if cfg.init != "none":
@@ -219,8 +213,7 @@ class LatentCache:
         os.makedirs(folder, exist_ok=True)
 
     def encode(self, clips, video):
-        """uint8 clips (b, t, h, w, 3), the same as video (b, 3, t, h, w) in [-1, 1] -> latents (b, c, l,
-        h, w)"""
+        """uint8 clips (b, t, h, w, 3) and the same as video (b, 3, t, h, w) -> latents (b, c, l, h, w)"""
         files = [self.file(clip) for clip in clips]
         new = [i for i, file in enumerate(files) if not os.path.exists(file)]
         if new:

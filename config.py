@@ -19,13 +19,9 @@ from data import TOY, Parser
 
 
 def setting(default, help, least=0, below=float("inf"), choices=None, size=None, changes=False):
-    """A field of `Config`.
+    """A field of `Config`: a number with least <= value < below, or a text of some choices.
 
-    Args:
-        least, below: bounds of a number, least <= value < below.
-        choices: of a text.
-        size: the field of LAMConfig, DiTConfig or FlowConfig that it is, such as "lam.patch".
-        changes: whether a run that is resumed may change it.
+    size: the field of LAMConfig, DiTConfig or FlowConfig that it is. changes: a resumed run may change it.
     """
     return field(default=default, metadata=dict(help=help, least=least, below=below, choices=choices,
                                                 size=size, changes=changes))
@@ -40,16 +36,13 @@ class Config:
                                  "FDM, then the generator on the frozen LAM; pretrain: the generator "
                                  "alone, without actions; adapt: to the real actions of --data, from "
                                  "--init", choices=("joint", "two-stage", "pretrain", "adapt"))
-    data: str = setting("toy", "toy, or files and folders of video, HDF5 or LeRobot data, several with "
-                               "weights: see python data.py --help")
+    data: str = setting("toy", "toy, or sources of video with weights: see python data.py --help")
     seed: int = setting(0, "seed of weights, data order and noise")
     init: str = setting("none", "run or checkpoint whose LAM, generator, action modules to start from")
     init_lam: str = setting("none", "run or checkpoint whose LAM to start from")
     resume: str = setting("none", "run folder to go on in, with its settings", changes=True)
-    dit_weights: str = setting("none", "generator to start from: Open-Sora's folder or file, or our run "
-                                       "(without its action modules)")
-    vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file; none: the model works on pixels",
-                               changes=True)
+    dit_weights: str = setting("none", "generator to start from: Open-Sora's folder or file, or our run")
+    vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file; none: pixels", changes=True)
     # phases
     pretrain: int = setting(300, "steps without actions; none with --dit_weights or --init", changes=True)
     causal: bool = setting(True, "pretrain: causal attention, as afterwards; 0: as Open-Sora, bidirectional")
@@ -60,13 +53,11 @@ class Config:
     wm_steps: int = setting(1600, "two-stage: steps of the world model on the frozen LAM", changes=True)
     adapter_steps: int = setting(1000, "adapt: steps of the adapter, on 4 batches each", changes=True)
     adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM", changes=True)
-    real_share: float = setting(0.5, "(ours) adapt: share of clips that the adapter drives, so that the "
-                                     "world sees real actions fail, as at a wall; 0: all are driven by "
-                                     "inferred actions, as in the paper", size="flow.real_share")
+    real_share: float = setting(0.5, "(ours) adapt: share of clips driven by real actions, through "
+                                     "the adapter; the paper: 0", size="flow.real_share")
     # clips
     batch: int = setting(16, "clips a step, over all ranks", least=1)
-    accumulate: int = setting(1, "parts in which a rank's batch goes through the model, to save memory "
-                                 "(--standardize sees each alone)", least=1, changes=True)
+    accumulate: int = setting(1, "parts into which a rank's batch is cut, for memory", least=1, changes=True)
     frames: int = setting(2, "frames a training clip, T; dreams see the last T-1", least=2)
     eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first", least=2)
     size: int = setting(16, "pixels of a square frame", least=1)
@@ -74,13 +65,12 @@ class Config:
     # learning
     lr: float = setting(2e-3, "learning rate (AdamW)")
     lr_warmup: int = setting(50, "steps of linear learning-rate warm-up")
-    cooldown: float = setting(0.3, "(ours) last share of the steps, in which the learning rate falls to zero")
+    cooldown: float = setting(0.3, "(ours) last share of the steps, in which the rate falls to zero")
     lam_lr: float = setting(0.1, "(ours) learning rate of IDM and codebook, as a share of --lr")
     # looking and keeping
     log_every: int = setting(50, "steps between log lines", least=1, changes=True)
     eval_every: int = setting(1000, "steps between evaluations on held-out clips", least=1, changes=True)
-    eval_clips: int = setting(64, "held-out clips dreamed at the end, half as many before", least=1,
-                              changes=True)
+    eval_clips: int = setting(64, "held-out clips dreamed at the end; half before", least=1, changes=True)
     eval_transitions: int = setting(4096, "held-out transitions for probe and NMI at the end, a quarter "
                                           "before; at most 2048 for the codebook", least=8, changes=True)
     ckpt_every: int = setting(500, "steps between checkpoints", least=1, changes=True)
@@ -95,18 +85,15 @@ class Config:
     # latent action model
     lam_size: int = setting(16, "pixels of the IDM's square frame", least=1, size="lam.size")
     lam_patch: int = setting(4, "the IDM's patch", least=1, size="lam.patch")
-    lam_width: int = setting(64, "the IDM's width; heads have 64 channels, or half the width",
-                             least=4, size="lam.width")
+    lam_width: int = setting(64, "the IDM's; heads have 64 channels, or half", least=4, size="lam.width")
     lam_depth: int = setting(2, "blocks of the IDM, and of the FDM", least=1, size="lam.depth")
     num_codes: int = setting(8, "codes in the codebook", least=2, size="lam.num_codes")
     code_dim: int = setting(16, "width of a code", least=1, size="lam.code_dim")
     tokens: int = setting(2, "codes a transition", least=1, size="lam.tokens")
     latent_scale: float = setting(0.03, "(ours) scale of latent actions, by which the VQ losses weigh",
                                   size="lam.latent_scale")
-    odd: bool = setting(True, "(ours) latent actions are made of two frames alone, and the reversed pair has "
-                              "the opposite one", size="lam.odd")
-    standardize: bool = setting(True, "(ours) normalise the IDM's output before quantizing",
-                                size="lam.standardize")
+    odd: bool = setting(True, "(ours) a reversed pair of frames has the opposite action", size="lam.odd")
+    standardize: bool = setting(True, "(ours) of the IDM's output, over the batch", size="lam.standardize")
     vq_start: float = setting(0.39, "(ours) first share of the LAM's steps, in which latent actions are "
                                     "continuous; then k-means sets the codebook", below=1)
     # world model
@@ -114,10 +101,8 @@ class Config:
     depth: int = setting(2, "the DiT's pairs of a spatial and a temporal block", least=1, size="dit.depth")
     heads: int = setting(8, "the DiT's attention heads", least=1, size="dit.heads")
     patch: int = setting(4, "the DiT's patch", least=1, size="dit.patch")
-    action_std: float = setting(0.2, "standard deviation of the action MLP's last layer at the start",
-                                size="dit.action_std")
-    time_shift: str = setting("40", "flow-time shift: auto (Open-Sora's formula), none, or a number r",
-                              size="flow.time_shift")
+    action_std: float = setting(0.2, "std of the action MLP's last layer at the start", size="dit.action_std")
+    time_shift: str = setting("40", "flow time's: auto (Open-Sora's), none, a number", size="flow.time_shift")
     sampling_steps: int = setting(10, "Euler steps of the sampler", least=1, size="flow.sampling_steps")
     guidance: float = setting(1.0, "scale of action guidance; 1: none", size="flow.guidance")
 
@@ -312,8 +297,7 @@ def parse(argv):
 
 
 def restarted(out):
-    """Whether torchrun has restarted this process, on a single node, after a checkpoint of the same
-    launch."""
+    """Whether torchrun has restarted this process, on one node, after a checkpoint of the same launch."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return False
     if not glob.glob(os.path.join(glob.escape(out), "ckpt*.pt")):

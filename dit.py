@@ -44,8 +44,7 @@ def zero(linear):
 
 
 def action_depth(depth):
-    """Blocks over the action sequence, for a generator of `depth` pairs of blocks: 6 (the paper), or fewer
-    (ours)."""
+    """Blocks over the actions, beside `depth` pairs of blocks: 6 (the paper), or fewer (ours)."""
     return min(6, depth)
 
 
@@ -147,8 +146,7 @@ class DiT(nn.Module):
 
     Latents that the patch does not divide are padded with zeros at the right and at the bottom.
 
-    Raises:
-        ValueError: actions of another shape.
+    Raises ValueError: actions of another shape.
     """
 
     def __init__(self, cfg):
@@ -188,8 +186,7 @@ class DiT(nn.Module):
             fps: (b,) frames a second; None: 24.
             cache: KVCache of the frames before x, or None.
 
-        Returns:
-            velocity (b, c, l, h, w)
+        Returns velocity (b, c, l, h, w).
         """
         cfg, (b, c, l, h, w) = self.cfg, x.shape
         start = cache.frames if cache else 0
@@ -224,8 +221,7 @@ def load_opensora(path, causal=True, **overrides):
     computes itself.
 
     Args:
-        path: the released folder (config.json, model.safetensors), or a .safetensors, .pt or .pth file of
-            its tensors.
+        path: the released folder (config.json, model.safetensors), or a file of its tensors.
         causal: mask temporal attention (the paper); False is Open-Sora itself.
         overrides: fields of DiTConfig that are not those of the checkpoint, such as action_dim.
 
@@ -252,8 +248,7 @@ def load_opensora(path, causal=True, **overrides):
 
 
 def sizes_of(shape):
-    """The fields of DiTConfig that the shapes of STDiT3's tensors tell; what indexing raises if they are
-    no STDiT3's."""
+    """Fields of DiTConfig that the shapes of STDiT3's tensors tell; KeyError and the like if they are not."""
     hidden, channels, _, patch, _ = shape["x_embedder.proj.weight"]
     blocks = {name.split(".")[1] for name in shape if name.startswith("spatial_blocks.")}
     return {

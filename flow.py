@@ -28,8 +28,7 @@ class FlowConfig:
 
 
 def time_ratio(shift, pixels, frames):
-    """r of the time shift t' = r t / (1 + (r-1) t). Frames are latent ones; Open-Sora's own count is 0
-    below 17."""
+    """r of the time shift t' = r t / (1 + (r-1) t). Frames are latent (Open-Sora counts 0 below 17)."""
     if shift in (True, "auto"):
         return math.sqrt(pixels / 512 ** 2) * math.sqrt(frames)
     return 1.0 if shift in (False, None, "none") else float(shift)
@@ -52,8 +51,7 @@ def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False,
         shift: True for Open-Sora's formula, a number r, or False.
         cache: KVCache of earlier frames, read only.
 
-    Returns:
-        latents (b, c, l, h, w)
+    Returns latents (b, c, l, h, w).
     """
     b, _, l, h, w = x.shape
     past = cache.frames if cache else 0
@@ -103,8 +101,7 @@ def unseeded(device):
 
 @dataclass
 class Dream:
-    """What a rollout has so far: its clean latents, the actions between them, what they left in the DiT's
-    cache.
+    """What a rollout has so far: clean latents, the actions between them, what they left in the DiT's cache.
 
     While all dreams of a batch share their past, it has a single row, which goes through the DiT once.
     """
@@ -115,8 +112,7 @@ class Dream:
 
 
 class World(nn.Module):
-    """Latent action model, causal DiT and VAE; one flow-matching loss trains IDM, codebook and DiT (Figure
-    1b)."""
+    """Latent action model, causal DiT and VAE; one loss trains IDM, codebook and DiT (Figure 1b)."""
 
     def __init__(self, lam, dit, vae, cfg=FlowConfig()):
         super().__init__()
@@ -142,8 +138,7 @@ class World(nn.Module):
         }
 
     def check_frames(self, t):
-        """ValueError unless each latent frame but the first stands for time_stride frames, whose actions
-        lead to it."""
+        """ValueError unless each latent frame but the first stands for time_stride frames and actions."""
         r = self.vae.time_stride
 
         def fits(t):
@@ -200,16 +195,14 @@ class World(nn.Module):
                            "clip_t": t, "clip_flow": clip_flow.detach()}
 
     def drive(self, z, real, draw):
-        """Adaptation (ours): some clips are driven by what the adapter makes of their real actions, not by
-        z."""
+        """Adaptation (ours): the adapter drives some of the clips, by their real actions."""
         if real is None or not self.cfg.real_share:
             return z
         driven = draw(torch.rand, len(z), 1, 1, 1) < self.cfg.real_share
         return torch.where(driven, self.latent_actions(real), z)
 
     def drop(self, actions, draw):
-        """Zero the action of single latent frames, and of whole clips, so that guidance has a null action
-        to leave."""
+        """Zero actions of single latent frames and of whole clips, as guidance needs a null action."""
         b, n, _ = actions.shape
         keep = draw(torch.rand, b, n, 1) >= self.cfg.action_drop
         keep &= draw(torch.rand, b, 1, 1) >= self.cfg.clip_drop
@@ -220,8 +213,7 @@ class World(nn.Module):
         return F.embedding(self.adapter(actions).argmax(-1), self.lam.vq.codebook)
 
     def begin(self, frames, z):
-        """A dream's past: frames (b or 1, 3, t, h, w) in [-1, 1], latent actions (b or 1, t-1, k, d) ->
-        Dream"""
+        """A dream's past, frames (b or 1, 3, t, h, w) in [-1, 1] and z (b or 1, t-1, k, d) -> Dream"""
         return Dream(self.vae.encode(frames), self.pack(z))
 
     @torch.no_grad()
@@ -235,8 +227,7 @@ class World(nn.Module):
             steps, guidance: sampling settings; None: the world's own.
             fps: (b,) frames a second; None: 24.
 
-        Returns:
-            the longer Dream.
+        Returns the longer Dream.
         """
         steps = self.cfg.sampling_steps if steps is None else steps
         guidance = self.cfg.guidance if guidance is None else guidance

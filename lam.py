@@ -141,8 +141,7 @@ class Standardize(nn.Module):
 class LAM(nn.Module):
     """Latent action model: IDM and quantizer, and for the two-stage baseline an FDM.
 
-    Raises:
-        ValueError: the frame size is not a multiple of the patch.
+    Raises ValueError: the frame size is not a multiple of the patch.
     """
 
     def __init__(self, cfg):
@@ -195,8 +194,7 @@ class LAM(nn.Module):
             video: (b, 3, t, h, w) floats in [-1, 1].
             draw: as for `encode`.
 
-        Returns:
-            loss, and a dict with `mse`, `vq` and `indices` (b, t-1, k).
+        Returns loss, and a dict with `mse`, `vq` and `indices` (b, t-1, k).
         """
         z, indices, vq = self.encode(video, draw)
         video = resize(video, self.cfg.size)
@@ -205,8 +203,7 @@ class LAM(nn.Module):
 
 
 class Adapter(nn.Module):
-    """From real actions to the latent action's codes: a two-layer MLP (section 4.4, appendix C.2; its
-    width is ours).
+    """From real actions to the latent action's codes: a two-layer MLP (appendix C.2; its width is ours).
 
     Args:
         action_dim: a, of the real actions.

@@ -1,5 +1,4 @@
-"""A run around the loop: its ranks, its folder and log, what is measured on the way, and how it is
-stopped."""
+"""A run around the loop: its ranks, folder and log, what is measured on the way, how it is stopped."""
 
 import json
 import os
@@ -54,8 +53,7 @@ def gather(x):
 
 
 class Stops:
-    """Reasons to stop that one rank sees and all must follow at the same step: SIGTERM, a number that is
-    not finite."""
+    """Reasons of one rank to stop that all must follow at the same step: SIGTERM, a number not finite."""
 
     def __init__(self, process):
         self.process, self.terminated = process, False
@@ -66,8 +64,7 @@ class Stops:
         self.terminated = True
 
     def look(self, number):
-        """Remember, without waiting for the device, whether a scalar is finite and whether SIGTERM has
-        come."""
+        """Remember, without waiting for the device, whether a scalar is finite, and whether SIGTERM came."""
         terminated = torch.tensor(self.terminated, device=number.device)
         self.seen = torch.maximum(self.seen, torch.stack([~number.isfinite(), terminated]).float())
 
@@ -106,8 +103,7 @@ class Run:
         self.first, self.began = step, time.time()
 
     def open_folder(self):
-        """Make the folder and its first files. An older run there is moved aside, unless this one goes on
-        with it."""
+        """Make the folder and its first files. An older run is moved aside, unless this goes on with it."""
         if self.cfg.resume == "none" and os.path.exists(self.out):
             number = 1
             while os.path.exists(f"{self.out}.{number}"):

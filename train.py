@@ -43,8 +43,7 @@ MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 
 
 def flow(world, model, clip, video, draw, latents):
-    """The generator's flow-matching loss, whose gradient also trains the LAM, and the VQ losses
-    (`World.forward`)."""
+    """The generator's loss, whose gradient also trains the LAM, and the VQ losses (`World.forward`)."""
     return model(video, draw, clip["fps"].to(video.device), latents=latents)
 
 
@@ -160,8 +159,7 @@ def quantize_at(cfg):
 def begin(cfg, process, world, phase, groups, optimizer, fresh):
     """Freeze who does not train; groups that are `fresh` start with fresh moments.
 
-    Returns:
-        what computes the phase's loss, under DDP where there are several ranks.
+    Returns what computes the phase's loss, under DDP where there are several ranks.
     """
     optimizer.zero_grad()
     if cfg.compile:

@@ -42,8 +42,7 @@ def sincos_2d(rows, cols, d):
 
 
 class KVCache:
-    """Temporal keys and values of the clean past. A call of the DiT reads them, and adds its own while
-    `append`."""
+    """Temporal keys and values of the clean past. The DiT reads them, and while `append` adds its own."""
 
     def __init__(self):
         self.past, self.frames, self.append = {}, 0, True
@@ -61,8 +60,7 @@ def extend(past, new):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; optionally with RoPE, a causal mask, a cached past. q and k are
-    RMS-normalised."""
+    """Multi-head self-attention with normalised q and k; optionally RoPE, a causal mask, a cached past."""
 
     def __init__(self, d, heads, rope=False, causal=False):
         super().__init__()

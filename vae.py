@@ -35,8 +35,7 @@ class PixelVAE(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, plus the input. conv(cin, cout, kernel) makes a 2-D or a causal 3-D
-    convolution."""
+    """Norm, SiLU, convolution, twice, plus the input. conv(cin, cout, kernel) is 2-D, or causal 3-D."""
 
     def __init__(self, cin, cout, conv, norm, shortcut):
         super().__init__()
@@ -97,8 +96,7 @@ class Middle(nn.Module):
 
 
 class ImageCoder(nn.Module):
-    """Encoder or decoder: levels of residual blocks, each but the last ending in a change of resolution by
-    2."""
+    """Encoder or decoder: levels of residual blocks, between which the resolution changes by 2."""
 
     def __init__(self, cin, cout, widths, layers, groups, up):
         super().__init__()
@@ -232,8 +230,7 @@ class TimeDecoder(nn.Module):
 
 
 class TimeVAE(nn.Module):
-    """Latents of frames <-> fewer latents; a clip that the stride does not divide is padded with zeros in
-    front."""
+    """Latents of frames <-> fewer latents; zeros in front fill up a clip that the stride does not divide."""
 
     def __init__(self, filters=128, num_groups=32, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
                  temporal_downsample=(False, True, True), z=4):
@@ -265,8 +262,7 @@ class OpenSoraVAE(nn.Module):
     same frame with its future.
 
     Args:
-        spatial, temporal: sizes of `ImageVAE` and `TimeVAE`, by their names in config.json; empty: the
-        released ones.
+        spatial, temporal: sizes of `ImageVAE` and `TimeVAE`, named as in config.json; empty: as released.
         chunk: frames that are encoded together (`micro_frame_size`).
     """
 
@@ -294,11 +290,8 @@ class OpenSoraVAE(nn.Module):
         Args:
             video: (b, 3, t, h, w) in [-1, 1], h and w multiples of 8.
 
-        Returns:
-            (b, 4, latent_frames(t), h/8, w/8), of about unit variance.
-
-        Raises:
-            ValueError: another frame size.
+        Returns (b, 4, latent_frames(t), h/8, w/8), of about unit variance.
+        Raises ValueError: another frame size.
         """
         h, w = video.shape[3:]
         if h % self.pixel_stride or w % self.pixel_stride:
@@ -311,8 +304,7 @@ class OpenSoraVAE(nn.Module):
     def decode(self, latents, frames):
         """The inverse: latents (b, 4, l, h, w) -> video (b, 3, frames, 8h, 8w), about in [-1, 1].
 
-        Raises:
-            ValueError: l is not latent_frames(frames).
+        Raises ValueError: l is not latent_frames(frames).
         """
         l = latents.shape[2]
         if l != self.latent_frames(frames):
@@ -326,8 +318,7 @@ class OpenSoraVAE(nn.Module):
 
 
 def load_opensora_vae(path):
-    """Open-Sora v1.2's VAE from its released folder (config.json, model.safetensors) or a file of its
-    tensors.
+    """Open-Sora v1.2's VAE from its released folder (config.json, model.safetensors) or a file of tensors.
 
     Sizes are those under `spatial` and `temporal` of config.json, and the released ones where it names none.
 

@@ -73,8 +73,7 @@ def fill(model, read, path, skip=()):
         read: the function that `open_weights` returns. path: only named in errors.
         skip: a tensor with one of these strings in its name is left out.
 
-    Returns:
-        how many parameters were loaded, and how many skipped.
+    Returns how many parameters were loaded, and how many skipped.
 
     Raises:
         ValueError: tensors that are missing, unexpected or of another shape, with counts and an example of
