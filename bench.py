@@ -3,9 +3,9 @@
     python bench.py                                         # the tiny preset, on whatever device there is
     python bench.py --preset small opensora --compile --json bench.json
 
-Training is counted in FLOPs of matrix products, convolutions and attention, forward and backward, as torch's FlopCounterMode
-counts them (what the method needs: recomputed activations are left out), and divided by the rate of one large matrix product
-on the same machine in the same precision.
+Training is counted in FLOPs of matrix products, convolutions and attention, forward and backward, as torch's
+FlopCounterMode counts them (what the method needs: recomputed activations are left out), and divided by the
+rate of one large matrix product on the same machine in the same precision.
 """
 
 import json
@@ -13,10 +13,9 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from argparse import Namespace
 
 import av
 import numpy as np
@@ -24,11 +23,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
 import plan
 from checkpoint import build
-from config import PRESETS, parse
+from config import PRESETS, Process, parse
+from data import Parser, program
 from flow import Draw, sample
+from formats import inspect_video, read_video, whole
 from lam import Adapter
 from transformer import KVCache
 
@@ -54,21 +54,25 @@ def matmul_rate(device, dtype):
     return max(rates)
 
 
-def training(world, cfg, batch, device, autocast):
+def training(world, cfg, batch, process):
     """Seconds and FLOPs of an end-to-end step"""
-    optimizer = torch.optim.AdamW(world.parameters(), cfg.lr, fused=device.type == "cuda" or None)    # as in train.py
+    device = process.device
+    optimizer = torch.optim.AdamW(world.parameters(), cfg.lr, fused=process.cuda or None)   # as in train.py
     video = torch.rand(batch, 3, cfg.frames, cfg.size, cfg.size, device=device) * 2 - 1
+    fps = torch.full((batch,), 24.0, device=device)
     latents = None
     if world.vae.time_stride > 1:               # as with --latent_cache
-        latents = torch.randn(batch, world.vae.channels, world.vae.latent_frames(cfg.frames), cfg.size // 8, cfg.size // 8, device=device)
-    fps = torch.full((batch,), 24.0, device=device)
+        side = cfg.size // world.vae.pixel_stride
+        l = world.vae.latent_frames(cfg.frames)
+        latents = torch.randn(batch, world.vae.channels, l, side, side, device=device)
 
     def step():
-        with autocast:
+        with process.autocast():
             loss = world(video, Draw(0, device=device), fps, latents=latents)[0]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(world.parameters(), cfg.clip)
-        optimizer.step(), optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(world.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
     world.train()
     with FlopCounterMode(display=False) as counter:
@@ -81,113 +85,172 @@ def training(world, cfg, batch, device, autocast):
 
 
 @torch.no_grad()
-def frame_times(world, cfg, batch, device, autocast, history=16):
-    """Seconds for one new latent frame after 2, 4, .. `history` others: {frames: (with cache, without)}"""
-    side, fps = cfg.size // world.vae.pixel_stride, torch.full((batch,), 24.0, device=device)
-    steps, shift, out = world.cfg.sampling_steps, world.cfg.time_shift, {}
-    for n in (k for k in (2, 4, 8, 16, 32) if k <= history):
-        past = torch.randn(batch, world.vae.channels, n, side, side, device=device)
-        actions, new = torch.randn(batch, n, world.dit.cfg.action_dim, device=device), torch.randn_like(past[:, :, :1])
+def frame_time(world, cfg, n, process):
+    """Seconds for one new latent frame after n others, with the cache and without"""
+    device, side = process.device, cfg.size // world.vae.pixel_stride
+    past = torch.randn(1, world.vae.channels, n, side, side, device=device)
+    noise = torch.randn_like(past[:, :, :1])
+    actions = torch.randn(1, n, world.dit.cfg.action_dim, device=device)
+    fps, zeros = torch.full((1,), 24.0, device=device), past.new_zeros(1, n)
+    settings = dict(actions=actions, steps=world.cfg.sampling_steps, guidance=1.0,
+                    shift=world.cfg.time_shift, fps=fps)
+    before = KVCache()                          # all of the past but its last frame
+    with process.autocast():
+        world.dit(past[:, :, :-1], zeros[:, 1:], actions[:, :n - 2], fps, before)
+
+    def cached():
+        """The last frame joins the past, the new one is denoised."""
         cache = KVCache()
-        with autocast:
-            world.dit(past[:, :, :-1], past.new_zeros(batch, n - 1), actions[:, :n - 2], fps, cache)
-            held, frames = cache.past, cache.frames
+        cache.past, cache.frames = dict(before.past), before.frames
+        world.dit(past[:, :, -1:], zeros[:, :1], actions[:, :n - 1], fps, cache)
+        cache.append = False
+        sample(world.dit, noise, 0, cache=cache, **settings)
 
-            def cached():                       # the last frame joins the past, the new one is denoised
-                cache.past, cache.frames, cache.append = dict(held), frames, True
-                world.dit(past[:, :, -1:], past.new_zeros(batch, 1), actions[:, :n - 1], fps, cache)
-                cache.append = False
-                sample(world.dit, new, 0, actions, steps, 1.0, shift, fps, cache)
+    def plain():
+        sample(world.dit, torch.cat([past, noise], 2), n, **settings)
 
-            plain = lambda: sample(world.dit, torch.cat([past, new], 2), n, actions, steps, 1.0, shift, fps)
-            out[n] = seconds(cached, device, 7), seconds(plain, device, 3)
-    return out
+    with process.autocast():
+        return seconds(cached, device, 7), seconds(plain, device, 3)
 
 
 @torch.no_grad()
-def planning(world, cfg, device, autocast, samples, horizon=10, alone=5):
+def planning(world, cfg, samples, process, horizon=10, alone=5):
     """Seconds to dream all candidates of a plan together, and one by one (of which a few are timed)"""
+    device = process.device
     world.adapter = Adapter(4, world.lam.cfg).to(device)
-    frames, actions = np.random.default_rng(0).integers(0, 255, (1, cfg.size, cfg.size, 3), np.uint8), torch.randn(samples, horizon, 4, device=device)
-    go = lambda a: plan.dream(world, frames, torch.zeros(0, 4, device=device), a, 0, 24, 1, 3, 1.0)
-    with autocast:
-        together, single = seconds(lambda: go(actions), device, 2), seconds(lambda: [go(a) for a in actions[:alone].split(1)], device, 2)
-    return together, single / min(alone, samples) * samples
+    frames = np.random.default_rng(0).integers(0, 255, (1, cfg.size, cfg.size, 3), np.uint8)
+    past, actions = torch.zeros(0, 4, device=device), torch.randn(samples, horizon, 4, device=device)
+
+    def dream(some):
+        plan.dream(world, frames, past, some, seed=0, fps=24, context=1, steps=3, guidance=1.0)
+
+    few = actions[:alone].split(1)
+    with process.autocast():
+        together = seconds(lambda: dream(actions), device, 2)
+        one_by_one = seconds(lambda: [dream(one) for one in few], device, 2)
+    return together, one_by_one / len(few) * samples
 
 
 def decoding(frames=3000, h=144, w=256, clip=8, draws=8):
     """Clips a second drawn from a two-minute video, by seeking and from the start"""
+    rng, cpu = np.random.default_rng(0), torch.device("cpu")
+    picture = rng.integers(0, 255, (h // 4, w // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    starts = np.random.default_rng(1).integers(0, frames - clip, draws)
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "film.mp4")
-        picture = np.random.default_rng(0).integers(0, 255, (h // 4, w // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
         with av.open(file, "w") as container:
             stream = container.add_stream("libx264", rate=25)
             stream.height, stream.width = h, w
             for i in range(frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(picture, 3 * i, 1))))
             container.mux(stream.encode(None))
-        info, cpu = data.inspect_video(file), torch.device("cpu")
-        starts = np.random.default_rng(1).integers(0, frames - clip, draws)
-        go = lambda seek: [data.read_video(file, info, s + np.arange(clip), seek) for s in starts]
-        return draws / seconds(lambda: go(True), cpu, 2), draws / seconds(lambda: go(False), cpu, 1)
+        info = inspect_video(file)
+
+        def read(seek):
+            for start in starts:
+                read_video(file, info, start + np.arange(clip), seek)
+
+        return draws / seconds(lambda: read(True), cpu, 2), draws / seconds(lambda: read(False), cpu, 1)
+
+
+def peak_memory(process):
+    """Bytes: of the GPU since its count was reset, else of the process since it began"""
+    if process.cuda:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(preset, args, process, rate, bar):
+    """Numbers of a preset: a dict"""
+    flags = [f"--preset={preset}", *(f"--{setting}" for setting in args.set)]
+    cfg = parse(flags + (["--compile"] if args.compile else []))
+    world = build(cfg, {"dit_weights", "vae_weights"}).to(process.device)
+    world.lam.quantize = True
+    batch = args.batch or max(1, cfg.batch // cfg.accumulate)
+    if process.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    took, flops = training(world, cfg, batch, process)
+    peak = peak_memory(process)
+    bar.update()
+    side = cfg.size // world.vae.pixel_stride // world.dit.cfg.patch
+    patches = side ** 2 * world.vae.latent_frames(cfg.frames)
+    frames = {}
+    for n in (2, 4, 8, 16):
+        cached, plain = frame_time(world, cfg, n, process)
+        frames[n] = {"cached": cached, "plain": plain}
+    bar.update()
+    numbers = {
+        "preset": preset, "batch": batch, "step_seconds": took, "step_gflop": flops / 1e9,
+        "train_tokens_per_second": batch * patches / took, "train_share_of_matmul": flops / took / rate,
+        "peak_memory_gb": peak / 2 ** 30, "rollout_seconds_a_frame": frames,
+        "rollout_cached_speedup": frames[16]["plain"] / frames[16]["cached"],
+        "frame16_over_frame2": frames[16]["cached"] / frames[2]["cached"],
+    }
+    if world.vae.time_stride == 1:              # else the VAE's random weights would be timed
+        together, alone = planning(world, cfg, args.samples, process)
+        numbers |= {"plan_shared_speedup": alone / together, "plans_per_second": 1 / together}
+    bar.update()
+    return numbers
+
+
+def say(numbers, samples):
+    """The numbers of a preset in sentences"""
+    row = Namespace(**numbers)
+    frames = ", ".join(f"after {n}: {s['cached']:.3f} s (no cache {s['plain']:.3f} s)"
+                       for n, s in row.rollout_seconds_a_frame.items())
+    tqdm.write(f"{row.preset}: training {row.train_tokens_per_second:.0f} tokens/s, "
+               f"{row.train_share_of_matmul:.0%} of the matrix product's rate ({row.batch} clips, "
+               f"{row.step_gflop:.1f} GFLOP in {row.step_seconds:.3f} s), "
+               f"peak memory {row.peak_memory_gb:.2f} GB")
+    tqdm.write(f"{row.preset}: a new frame {frames}; x{row.rollout_cached_speedup:.1f} at 16, "
+               f"frame 16 / frame 2 {row.frame16_over_frame2:.2f}")
+    if "plans_per_second" in row:
+        together = 1 / row.plans_per_second
+        tqdm.write(f"{row.preset}: a plan of {samples} candidates x horizon 10, 3 denoising steps: "
+                   f"{together:.2f} s together, {together * row.plan_shared_speedup:.2f} s one by one: "
+                   f"x{row.plan_shared_speedup:.1f}")
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--preset", nargs="+", default=["tiny"], choices=PRESETS)
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE",
+        help="settings of train.py over the preset, such as hidden=384")
+    add("--batch", type=int, help="clips a training step (the preset's)")
+    add("--samples", type=int, default=200, help="candidates of a plan")
+    add("--compile", action="store_true", help="torch.compile the DiT in training")
+    add("--json", metavar="FILE", help="write the last preset's numbers there")
+    args = parser.parse_args(argv)
+    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
+        parser.error(f"--json {args.json}: no such folder")
+    return args
 
 
 def main(argv):
-    parser = data.Parser(__doc__)
-    parser.add_argument("--preset", nargs="+", default=["tiny"], choices=PRESETS)
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py over the preset, such as hidden=384")
-    parser.add_argument("--batch", type=int, help="clips a training step (the preset's)")
-    parser.add_argument("--samples", type=int, default=200, help="candidates of a plan")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the DiT in training")
-    parser.add_argument("--json", metavar="FILE", help="write the last preset's numbers there")
-    args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, autocast = (torch.bfloat16, torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else (torch.float32, nullcontext())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    numbers, say = {}, tqdm.write
+    args = parse_args(argv)
+    process = Process.here()
+    dtype, name = torch.float32, f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if process.cuda:
+        dtype, name = torch.bfloat16, torch.cuda.get_device_name()
     bar = tqdm(total=2 + 3 * len(args.preset), dynamic_ncols=True, disable=None, leave=False)
-    rate = matmul_rate(device, dtype)
+    rate = matmul_rate(process.device, dtype)
     bar.update()
     seek, start = decoding()
     bar.update()
-    say(f"device {name}; torch {torch.__version__}; {dtype} matrix product {rate / 1e9:.0f} GFLOP/s")
-    say(f"decode: {seek:.1f} clips/s by seeking in two minutes of video, {start:.1f} from the start: x{seek / start:.1f}")
+    tqdm.write(f"device {name}; torch {torch.__version__}; {dtype} matrix product {rate / 1e9:.0f} GFLOP/s")
+    tqdm.write(f"decode: {seek:.1f} clips/s by seeking in two minutes of video, {start:.1f} from the start: "
+               f"x{seek / start:.1f}")
+    machine = {"device": name, "torch": torch.__version__, "matmul_gflops": rate / 1e9,
+               "decode_seek_speedup": seek / start, "decode_clips_per_second": seek}
     for preset in args.preset:
-        cfg = parse([f"--preset={preset}", *(f"--{s}" for s in args.set), *(["--compile"] if args.compile else [])])
-        world = build(cfg, {"dit_weights", "vae_weights"}).to(device)
-        world.lam.quantize = True
-        batch = args.batch or max(1, cfg.batch // cfg.accumulate)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took, flops = training(world, cfg, batch, device, autocast)
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        bar.update()
-        patches = (cfg.size // world.vae.pixel_stride // world.dit.cfg.patch) ** 2 * world.vae.latent_frames(cfg.frames)
-        frames = frame_times(world, cfg, 1, device, autocast)
-        bar.update()
-        numbers = {"preset": preset, "device": name, "torch": torch.__version__, "matmul_gflops": rate / 1e9, "batch": batch, "step_seconds": took,
-                   "train_tokens_per_second": batch * patches / took, "step_gflop": flops / 1e9, "train_share_of_matmul": flops / took / rate,
-                   "rollout_seconds_a_frame": {n: {"cached": a, "plain": b} for n, (a, b) in frames.items()},
-                   "rollout_cached_speedup": frames[16][1] / frames[16][0], "frame16_over_frame2": frames[16][0] / frames[2][0],
-                   "decode_seek_speedup": seek / start, "decode_clips_per_second": seek, "peak_memory_gb": peak / 2 ** 30}
-        say(f"{preset}: training {numbers['train_tokens_per_second']:.0f} tokens/s, {numbers['train_share_of_matmul']:.0%} of the matrix product's rate "
-            f"({batch} clips, {flops / 1e9:.1f} GFLOP in {took:.3f} s), peak memory {numbers['peak_memory_gb']:.2f} GB")
-        say(f"{preset}: a new frame " + ", ".join(f"after {n}: {a:.3f} s (no cache {b:.3f} s)" for n, (a, b) in frames.items())
-            + f"; x{numbers['rollout_cached_speedup']:.1f} at 16, frame 16 / frame 2 {numbers['frame16_over_frame2']:.2f}")
-        if world.vae.time_stride == 1:          # else the VAE's random weights would be timed
-            together, alone = planning(world, cfg, device, autocast, args.samples)
-            numbers |= {"plan_shared_speedup": alone / together, "plans_per_second": 1 / together}
-            say(f"{preset}: a plan of {args.samples} candidates x horizon 10, 3 denoising steps: {together:.2f} s together, {alone:.2f} s one by one: x{alone / together:.1f}")
-        bar.update()
+        numbers = machine | measure(preset, args, process, rate, bar)
+        say(numbers, args.samples)
     bar.close()
     if args.json:
-        with open(args.json + ".part", "w") as f:
+        with whole(args.json) as part, open(part, "w") as f:
             json.dump(numbers, f, indent=1)
-        os.replace(args.json + ".part", args.json)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.py: {error}")
+    program(main)

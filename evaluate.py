@@ -1,401 +1,324 @@
-"""Measures of latent actions and of the world they drive; training reports them from here.
+"""The paper's tables on a trained run, and comparisons of runs: one function a task.
 
-    python evaluate.py --ckpt out/toy --task all            # Tables 1-3 and Figures 5-6 on a trained run
+    python evaluate.py --ckpt out/toy --task all            # Tables 1-3 and Figures 5-6
     python evaluate.py --compare out/toy out/two-stage      # two runs that were evaluated, side by side
 
-Paper: section 4.1 (metrics), appendix C.1 (protocols).
+What is measured lies in judge.py. Numbers go to results.json in the run's folder, with the protocol by which
+they were measured, pictures to samples/. Paper: section 4.1 (metrics), appendix C.1 (protocols).
 """
 
+import functools
 import json
-import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import dataclass, fields
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from einops import rearrange
 
 import toy
-from data import TOY, DataError, Parser, clips, parse_source, sources, to_video
 from checkpoint import load_checkpoint, restore
-from flow import Draw, sample, shift_time, time_ratio
-from lam import resize
-from metrics import cka, codebook_metrics, frechet, nmi, paired_t, probe, psnr, ssim
+from config import Config, Process
+from data import TOY, Parser, clips, parse_source, program, sources, to_video
+from flow import Draw, World
+from formats import UserError, optional, whole
+from judge import infer_transitions, predict, probe_source, save_gif, video_measures
+from metrics import codebook_metrics, frechet, paired_t
 
 
-class RandomFeatures(torch.nn.Module):
-    """A 3-D convolutional network with fixed random weights (ours): features for `rfvd`, where FVD's network is not at hand."""
-
-    def __init__(self):
-        super().__init__()
-        g = torch.Generator().manual_seed(0)
-        widths = [3, 32, 64]
-        for i in range(2):
-            self.register_buffer(f"w{i}", torch.randn(widths[i + 1], widths[i], 3, 3, 3, generator=g) / math.sqrt(widths[i] * 27 / 2))
-
-    def forward(self, video):
-        """(b, 3, t, h, w) in [-1, 1] -> (b, 64)"""
-        for w in (self.w0, self.w1):
-            video = F.relu(F.conv3d(video.float(), w, stride=(1, 2, 2), padding=1))
-        return video.mean((2, 3, 4))
+def run_folder(ckpt):
+    """Folder of the run that --ckpt names, itself or by a file in it"""
+    return ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt) or "."
 
 
-class I3D:
-    """Features of FVD: the TorchScript I3D that StyleGAN-V's FVD uses (Skorokhodov et al. 2022), read from a file.
-
-    Frames are resized to 224 x 224, bilinear, and kept in [-1, 1].
-    """
-
-    def __init__(self, path, device):
-        self.net = torch.jit.load(path, map_location=device).eval()
-
-    def __call__(self, video):
-        """(b, 3, t, h, w) in [-1, 1], t >= 10 -> (b, 400)"""
-        return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)
-
-
-def save_gif(path, videos, fps=4, rows=4):
-    """Videos [(n, 3, t, h, w) in [-1, 1], ...] side by side, one clip a row, as a GIF."""
-    grid = torch.cat([torch.cat(list(F.pad(v[:rows], (1, 1, 1, 1), value=1.0)), 2) for v in videos], 3)  # (3, t, rows*h, n*w)
-    scale = max(1, 128 // videos[0].shape[-1])
-    frames = ((grid + 1) * 127.5).round().byte().permute(1, 2, 3, 0).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    imageio.imwrite(path, frames.numpy(), duration=1000 / fps, loop=0)
-
-
-@torch.no_grad()
-def infer(world, dataset, n, batch=64, start=0):
-    """Latent actions of n clips from number `start` on: z (n, t-1, k*d), codes (n, t-1), indices (n, t-1, k), and the data's own labels"""
-    device, parts = next(world.parameters()).device, []
-    for i in range(start, start + n, batch):
-        data = dataset[range(i, min(i + batch, start + n))]
-        z, indices, _ = world.lam.encode(to_video(data["video"], device))
-        parts.append({"z": z.flatten(2).float().cpu(), "indices": indices.cpu(),
-                      **{k: v for k, v in data.items() if k in ("actions", "effects")}})
-    out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-    return out | {"codes": code_numbers(world, out["indices"])}
-
-
-def code_numbers(world, indices):
-    """The k codes of a transition as one number: (..., k) -> (...)"""
-    return (indices * world.lam.cfg.num_codes ** torch.arange(indices.shape[-1], device=indices.device)).sum(-1)
-
-
-def fdm_rollout(world, video, z):
-    """The FDM's own rollout, frame by frame from the first frame, at the LAM's resolution: (b, 3, t, size, size)"""
-    frames = [resize(video[:, :, :1], world.lam.cfg.size)]
-    for i in range(z.shape[1]):
-        frames.append(world.lam.fdm(frames[-1], z[:, i:i + 1]).clamp(-1, 1))
-    return torch.cat(frames, 2)
-
-
-def dreams(world, data, variants, seed=0, steps=None, guidance=None):
-    """Clips dreamed from their first frame, under the same noise each time (Table 2).
-
-    Args:
-        data: a batch of clips.
-        variants: some of `inferred` actions; `shuffled`, those of another clip of the source; `null`, zeros; `copy`, the
-            first frame held still; `whole`, inferred actions, but all frames of the clip at once; `fdm`, the FDM's own
-            rollout; `adapted`, the adapter's codes for the true actions.
-
-    Returns:
-        the true video and a dict of videos (b, 3, t, h, w).
-    """
-    device = next(world.parameters()).device
-    video, fps = to_video(data["video"], device), data["fps"].to(device)
-    z = world.lam.encode(video)[0]
-    # the clip before it in the same source; alone in its source, a clip keeps its actions
-    order = torch.argsort(data["source"], stable=True)
-    other = torch.empty_like(order)
-    for s in data["source"].unique():
-        mine = order[data["source"][order] == s]
-        other[mine] = mine.roll(1)
-    actions = {"inferred": z, "shuffled": z[other.to(device)], "null": torch.zeros_like(z)}
-    if "adapted" in variants:
-        actions["adapted"] = world.latent_actions(data["actions"].to(device))
-    out = {}
-    for v in variants:
-        draw = Draw(seed, device=device)
-        if v == "copy":
-            out[v] = video[:, :, :1].expand_as(video)
-        elif v == "fdm":
-            out[v] = resize(fdm_rollout(world, video, z), video.shape[-1])
-        elif v == "whole":
-            first = world.vae.encode(video[:, :, :1])
-            b, c, _, h, w = first.shape
-            x = torch.cat([first, draw(torch.randn, b, c, world.vae.latent_frames(video.shape[2]) - 1, h, w)], 2)
-            x = sample(world.dit, x, 1, world.pack(z), steps or world.cfg.sampling_steps, world.cfg.guidance if guidance is None else guidance,
-                       world.cfg.time_shift, fps)
-            out[v] = world.vae.decode(x, video.shape[2]).clamp(-1, 1)
-        else:
-            out[v] = world.rollout(video[:, :, :1], actions[v], steps, guidance, fps, draw)
-    return video, out
-
-
-@torch.no_grad()
-def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy"), measures={"psnr": psnr}, features={}, seed=0, batch=32, rank=0,
-            ranks=1, **sampling):
-    """Measure dreams of held-out clips, over the generated frames only. Ranks share the batches of clips.
-
-    Args:
-        measures: functions of two videos -> (b,). features: functions of a video -> (b, d), for Frechet distances.
-
-    Returns:
-        {variant: {measure: (n,) values of the clips}}, {variant or "true": {feature: (n, d)}}, and the first videos
-        [true, first variant, second variant], each (b, 3, t, h, w), on the first rank.
-    """
-    parts, shown = [], None
-    for i in range(rank * batch, n, ranks * batch):
-        numbers = range(seed * n + i, seed * n + min(i + batch, n))             # a seed: other clips, other noise
-        video, made = dreams(world, dataset[numbers], variants, seed * 1000003 + i, **sampling)
-        shown = shown or [v.cpu() for v in [video, *made.values()][:3]]
-        values = {v: {k: f(d[:, :, 1:], video[:, :, 1:]).cpu() for k, f in measures.items()} for v, d in made.items()}
-        seen = {v: {k: f(d[:, :, 1:]).cpu() for k, f in features.items()} for v, d in {"true": video, **made}.items()}
-        parts.append((i, values, seen))
-    if ranks > 1:
-        everyone = [None] * ranks
-        dist.all_gather_object(everyone, parts)
-        parts = sorted((p for mine in everyone for p in mine), key=lambda p: p[0])
-    join = lambda at: {v: {k: torch.cat([p[at][v][k] for p in parts]) for k in row} for v, row in parts[0][at].items()}
-    return join(1), join(2), shown
-
-
-@torch.no_grad()
-def loss_by_time(world, dataset, n, use_actions=True, bins=4):
-    """Flow loss on held-out clips by flow time: {"loss_t0.00": ..., "loss_t0.25": ...}, and the mean as `loss`"""
-    device, parts = next(world.parameters()).device, []
-    for i in range(0, n, 64):
-        data = dataset[range(i, min(i + 64, n))]
-        out = world(to_video(data["video"], device), Draw(0, 1, i, device=device), data["fps"].to(device), use_actions)[1]
-        parts.append((out["clip_t"], out["clip_flow"]))
-    t, loss = map(torch.cat, zip(*parts))
-    which = (t * bins).long().clamp(max=bins - 1)
-    return {"loss": loss.mean().item()} | {f"loss_t{k / bins:.2f}": loss[which == k].mean().item() for k in range(bins) if (which == k).any()}
-
-
-@torch.no_grad()
-def align(world, batch, known=None):
-    """How well latent actions and generator fit each other, on a fixed batch of held-out clips; reviewers of the paper asked.
-
-    Args:
-        batch: clips; of each, as many frames are used as the generator sees at once.
-        known: clips with discrete `effects`, or None.
-
-    Returns:
-        dict: `latent_var`, variance of the latent actions; `cka` of latent actions and what the action modules make of
-        them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips swap their
-        actions; `nmi` of codes and effects, if they are known and there are codes yet.
-    """
-    device, r = next(world.parameters()).device, world.vae.time_stride
-    frames = 1 + world.cfg.window * r
-    cut = lambda data: to_video(data["video"][:, :frames], device)
-    video, fps = cut(batch), batch["fps"].to(device)
-    actions, x0 = world.pack(world.lam.encode(video)[0]), world.vae.encode(video)
-    b, c, l, h, w = x0.shape
-    t = shift_time(0.5, time_ratio(world.cfg.time_shift, h * w * world.vae.pixel_stride ** 2, l))
-    t = torch.full((b, l), t, device=device)
-    t[:, 0] = 0
-    mix = t[:, None, :, None, None]
-    x = (1 - mix) * x0 + mix * Draw(0, 2, device=device)(torch.randn, *x0.shape)
-    v, swapped = (world.dit(x, t, a, fps)[:, :, 1:].float() for a in (actions, actions.roll(1, 0)))
-    features = world.dit.action.features(actions)[:, 1:]                        # (b, l-1, d)
-    out = {"latent_var": actions.var((0, 1)).mean().item(), "cka": cka(actions.flatten(0, 1), features.flatten(0, 1)),
-           "sensitivity": ((swapped - v).norm() / v.norm().clamp(min=1e-12)).item()}
-    if known and world.lam.quantize:
-        codes = code_numbers(world, world.lam.encode(cut(known))[1])
-        out["nmi"] = nmi(codes.flatten().cpu(), known["effects"][:, :frames - 1].flatten())
-    return out
-
-
-def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, **sampling):
-    """Everything that a run measures on held-out clips.
-
-    Args:
-        dataset: held-out clips of the training mixture.
-        clips: how many are dreamed; 0 (a LAM without a generator): none.
-        labelled: (name, train dataset, held-out dataset) with true actions, for the probe; NMI where `effects` are known
-            and actions are discrete.
-
-    Returns:
-        dict of numbers (None where the data do not allow one), and the videos of `predict`, or None.
-    """
-    out = dict.fromkeys(("utilization", "max_usage", "entropy"))
-    if world.lam.quantize:
-        found = infer(world, dataset, -(-transitions // (dataset.frames - 1)))
-        out = codebook_metrics(found["indices"].flatten(0, 1)[:transitions], world.lam.cfg.num_codes)
-    shown, names = None, {"psnr": "inferred", "psnr_shuffled": "shuffled", "psnr_null": "null", "psnr_copy": "copy"}
-    out |= dict.fromkeys([*names, "controllability"])
-    if clips:
-        if world.adapter and labelled:
-            names["psnr_adapted"] = "adapted"
-        values, _, shown = predict(world, dataset, clips, names.values(), **sampling)
-        out |= {k: values[v]["psnr"].mean().item() for k, v in names.items()} | loss_by_time(world, dataset, clips)
-        out["controllability"] = out["psnr"] - out["psnr_shuffled"]
-    probes, out["nmi"] = [], None
-    for name, train, test in labelled:
-        n = -(-pairs // (test.frames - 1))
-        a, b = infer(world, train, n), infer(world, test, n)
-        flat = lambda x: x.flatten(0, 1)
-        row = probe(flat(a["z"]), flat(a["actions"]), flat(b["z"]), flat(b["actions"]))
-        out |= {f"probe_{k}/{name}": v for k, v in row.items()}
-        probes.append(row)
-        if name == "cross" and world.lam.quantize:
-            out["nmi"] = nmi(b["codes"].flatten(), b["effects"].flatten())
-    for k in ("r2", "l1"):
-        out[f"probe_{k}"] = float(np.mean([p[k] for p in probes])) if probes else None
-    return out, shown
-
-
-# the command line -----------------------------------------------------------------------------------------------------
-
-
-def optional(args, size, frames, device):
-    """LPIPS and FVD where they can be computed, and why not where they cannot: measures, features, {column: reason}"""
-    measures, features, why = {"psnr": psnr}, {"rfvd": RandomFeatures().to(device)}, {}
-    if size < 11:
-        why["ssim"] = f"frames of {size} pixels are smaller than its window of 11"
-    else:
-        measures["ssim"] = lambda a, b: 100 * ssim(a, b)
-    if size < 32:
-        why["lpips"] = f"frames of {size} pixels are too small for its network"
-    else:
-        try:
-            import lpips
-            net = lpips.LPIPS(net="alex", verbose=False).to(device)
-            by_frame = lambda v: rearrange(v.float(), "b c t h w -> (b t) c h w")
-            measures["lpips"] = lambda a, b: 100 * net(by_frame(a), by_frame(b)).view(len(a), -1).mean(1)
-        except ImportError:
-            why["lpips"] = "needs pip install lpips"
-        except Exception as error:                              # its network's weights are downloaded
-            why["lpips"] = f"its network could not be loaded ({str(error).splitlines()[0]})"
-    if not args.i3d:
-        why["fvd"] = "needs --i3d PATH, StyleGAN-V's I3D as TorchScript"
-    elif frames < 11:
-        why["fvd"] = f"needs clips of at least 11 frames, of which 10 are generated; these have {frames}"
-    else:
-        try:
-            features["fvd"] = I3D(args.i3d, device)
-        except Exception as error:                              # whatever a broken file makes torch raise
-            raise ValueError(f"--i3d {args.i3d}: cannot be read as TorchScript ({str(error).splitlines()[0]})") from None
-    return measures, features, why
-
-
-def predict_rows(world, dataset, variants, args, measures, features, rank, ranks):
-    """{variant: {column: [value of each seed]}} and the first videos of the first seed"""
-    rows, shown = {v: {} for v in variants}, None
-    for seed in args.seeds:
-        values, seen, videos = predict(world, dataset, args.clips, variants, measures, features, seed, rank=rank, ranks=ranks,
-                                       steps=args.sampling_steps, guidance=args.guidance)
-        shown = shown or videos
-        for v in variants:
-            numbers = {k: x.mean().item() for k, x in values[v].items()} | {k: frechet(x, seen["true"][k]) for k, x in seen[v].items()}
-            for k, x in numbers.items():
-                rows[v].setdefault(k, []).append(x)
-    if "shuffled" in variants:
-        rows["inferred"]["controllability"] = [a - b for a, b in zip(rows["inferred"]["psnr"], rows["shuffled"]["psnr"])]
-    return rows, shown
-
-
-def probe_rows(world, train, test, args):
-    """One row of Table 1: {column: [value of each seed]}; every seed has other clips"""
-    n, flat, row = -(-args.transitions // (test.frames - 1)), lambda x: x.flatten(0, 1), {}
-    for seed in args.seeds:
-        a, b = infer(world, train, n, start=seed * n), infer(world, test, n, start=seed * n)
-        x, y, x_test, y_test = flat(a["z"]), flat(a["actions"]), flat(b["z"]), flat(b["actions"])
-        mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        numbers = probe(x, y, x_test, y_test, seed=seed) | {"l1_shuffled": probe(x[mixed], y, x_test, y_test, seed=seed)["l1"]}
-        if world.lam.quantize and "effects" in b and toy.EMBODIMENTS[test.source].matrix is None:
-            numbers["nmi"] = nmi(b["codes"].flatten(), b["effects"].flatten())
-        for k, v in numbers.items():
-            row.setdefault(k, []).append(v)
-    return row
+# results and tables -------------------------------------------------------------------------------
 
 
 def table(title, rows):
     """Print {row: {column: [value of each seed]}} as mean +- standard deviation over seeds."""
     columns = list(dict.fromkeys(k for row in rows.values() for k in row))
-    cell = lambda v: "-" if not v else f"{np.mean(v):.3f}" + (f" +- {np.std(v, ddof=1):.3f}" if len(v) > 1 else "")
-    lines = [[title, *columns]] + [[name, *(cell(row.get(k)) for k in columns)] for name, row in rows.items()]
+    lines = [[title, *columns]]
+    for name, row in rows.items():
+        lines.append([name, *(cell(row.get(k)) for k in columns)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         print("  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip())
     print(flush=True)
 
 
+def cell(values):
+    if not values:
+        return "-"
+    spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
 def save_results(out, ckpt, step, tables, protocol, more={}):
-    """Write {task: {row: {column: [value of each seed]}}} to out/results.json, where other tasks of the same step stay."""
-    results, file = {"ckpt": ckpt, "step": step, "tables": {}, "protocol": {}}, os.path.join(out, "results.json")
+    """Write {task: {row: {column: [value of each seed]}}} to out/results.json.
+
+    Other tasks of the same step stay there, and other rows that were measured by the same protocol.
+    """
+    file = os.path.join(out, "results.json")
+    results = {"ckpt": ckpt, "step": step, "tables": {}, "protocol": {}}
     if os.path.exists(file):
         with open(file) as f:
             old = json.load(f)
-        results = old if old["step"] == step else results
-    protocol = json.loads(json.dumps(protocol))
-    for task, rows in tables.items():                           # and other rows that were measured alike
-        alike = results["tables"].get(task, {}) if results["protocol"].get(task) == protocol else {}
-        results["tables"][task], results["protocol"][task] = alike | rows, protocol
-    with open(file + ".part", "w") as f:
+        if old["step"] == step:
+            results = old
+    protocol = json.loads(json.dumps(protocol))                 # as it is read back: tuples are lists
+    for task, rows in tables.items():
+        alike = results["protocol"].get(task) == protocol
+        results["tables"][task] = (results["tables"].get(task, {}) if alike else {}) | rows
+        results["protocol"][task] = protocol
+    with whole(file) as part, open(part, "w") as f:
         json.dump(results | more, f, indent=1)
-    os.replace(file + ".part", file)
+
+
+def read_results(names):
+    """{(task, row, column): [values]} of an evaluated run; of several, A,B,..., a value is a run's mean."""
+    runs = []
+    for name in names.split(","):
+        try:
+            with open(os.path.join(name, "results.json")) as f:
+                tables = json.load(f)["tables"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"--compare {name}: has no results.json; run --ckpt {name} first") from None
+        runs.append({(task, row, column): values for task, rows in tables.items()
+                     for row, cells in rows.items() for column, values in cells.items()})
+    if len(runs) == 1:
+        return runs[0]
+    common = [key for key in runs[0] if all(key in run for run in runs)]
+    return {key: [float(np.mean(run[key])) for run in runs] for key in common}
 
 
 def compare(a, b):
-    """Two runs, or two comma-separated sets of runs, side by side: a run's seeds, or the runs of a set, are the pairs."""
-    def read(names):
-        runs = []
-        for name in names.split(","):
-            try:
-                with open(os.path.join(name, "results.json")) as f:
-                    runs.append(json.load(f))
-            except (OSError, ValueError):
-                raise ValueError(f"--compare {name}: has no results.json; run --ckpt {name} first") from None
-        flat = [{(task, row, k): v for task in run["tables"] for row, cells in run["tables"][task].items() for k, v in cells.items()} for run in runs]
-        return flat[0] if len(runs) == 1 else {k: [float(np.mean(f[k])) for f in flat] for k in flat[0] if all(k in f for f in flat)}
-    a, b = read(a), read(b)
+    """Two runs or two sets of runs side by side; their seeds, or the runs of the sets, are the pairs."""
+    a, b = read_results(a), read_results(b)
     rows = {}
     for key in a:
         if key in b and len(a[key]) == len(b[key]):
             t, p = paired_t(a[key], b[key])
-            rows[" ".join(key)] = {"A": a[key], "B": b[key], "A - B": [x - y for x, y in zip(a[key], b[key])], "t": [t] if t is not None else [],
-                                   "p": [p] if p is not None else [], "n": [len(a[key])]}
+            rows[" ".join(key)] = {
+                "A": a[key], "B": b[key], "A - B": [x - y for x, y in zip(a[key], b[key])],
+                "t": [] if t is None else [t], "p": [] if p is None else [p], "n": [len(a[key])],
+            }
     if not rows:
-        raise ValueError("--compare: the two have no measure with the same number of seeds in common")
+        raise UserError("--compare: the two have no measure with the same number of seeds in common")
     table("paired", rows)
 
 
+# the tasks, from what they share -----------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A trained run, the clips to measure it on, and what to measure."""
+    args: Namespace             # the command line
+    process: Process
+    world: World
+    config: dict                # the run's settings
+    step: int                   # of its training
+    heldout: dict               # {source: its held-out clips}
+    measures: dict              # {column: function of two videos}
+    features: dict              # {column: function of a video}, for the Frechet distance
+    why: dict                   # {column: why it is not computed}
+    out: str                    # folder of results.json and samples/
+
+    def clips(self, data, split):
+        return clips(data, self.config["size"], self.config["eval_frames"], self.config["seed"], split)
+
+    def picture(self, name):
+        return os.path.join(self.out, "samples", name)
+
+    @functools.cached_property
+    def tuned(self):
+        """A world with an adapter: this one, or what train.py makes of it, for which all ranks must ask.
+
+        Returns:
+            the world, held-out clips with true actions, their codes (n, k), and those of the adapter (n, k).
+        """
+        world, source = self.world, self.args.adapt_data
+        if not world.adapter:
+            folder = [adapted(self.args, self.config) if self.process.master else None]
+            if self.process.ranks > 1:
+                dist.broadcast_object_list(folder)
+            world = restore(load_checkpoint(folder[0]), self.args.vae_weights).to(self.process.device).eval()
+        data = self.clips([source], "heldout")
+        dims = data[[0]]["actions"].shape[-1] if data.labelled else 0
+        if dims != world.adapter.action_dim:
+            raise UserError(f"--adapt_data {source}: its actions have {dims} dimensions, "
+                            f"the adapter takes {world.adapter.action_dim}")
+        found = infer_transitions(world, data, self.args.transitions // 10)
+        with torch.no_grad():
+            guess = world.adapter(found["actions"].to(self.process.device)).argmax(-1).cpu()
+        return world, data, found["indices"], guess
+
+
+def label(source):
+    """What a source is called in tables and files"""
+    return parse_source(source)[0]
+
+
+def append(row, numbers):
+    """Add a seed's numbers to {column: [value of each seed]}."""
+    for k, v in numbers.items():
+        row.setdefault(k, []).append(v)
+
+
+def probing(case):
+    """Table 1: a linear probe from latent to true actions, a row for each source that has them."""
+    rows = {label(source): probe_row(case, source) for source, data in case.heldout.items() if data.labelled}
+    if not rows:
+        case.why["probe"] = "no source has actions"
+    return rows
+
+
+def probe_row(case, source):
+    """{column: [value of each seed]}"""
+    train, test, row = case.clips([source], "train"), case.heldout[source], {}
+    for seed in case.args.seeds:
+        append(row, probe_source(case.world, train, test, case.args.transitions, seed, shuffled=True))
+    return row
+
+
+def prediction(case):
+    """Table 2: dreams of held-out clips beside their controls, a row for each source and variant."""
+    variants = ["inferred", "shuffled", "null", "copy", "whole"]
+    if case.world.lam.fdm:
+        variants.append("fdm")
+    rows = {}
+    for source, data in case.heldout.items():
+        made, videos = predict_rows(case, case.world, data, variants)
+        rows |= {f"{label(source)} {variant}": row for variant, row in made.items()}
+        if case.process.master:
+            save_gif(case.picture(f"predict-{label(source)}.gif"), videos)
+    return rows
+
+
+def predict_rows(case, world, dataset, variants):
+    """{variant: {column: [value of each seed]}} and the first videos of the first seed"""
+    args, rows, shown = case.args, {variant: {} for variant in variants}, None
+    for seed in args.seeds:
+        values, seen, videos = predict(
+            world, dataset, args.clips, variants, case.measures, case.features, seed, rank=case.process.rank,
+            ranks=case.process.ranks, steps=args.sampling_steps, guidance=args.guidance)
+        shown = shown or videos
+        for variant, row in rows.items():
+            numbers = {k: x.mean().item() for k, x in values[variant].items()}
+            numbers |= {k: frechet(x, seen["true"][k]) for k, x in seen[variant].items()}
+            append(row, numbers)
+    if "shuffled" in variants:
+        pairs = zip(rows["inferred"]["psnr"], rows["shuffled"]["psnr"])
+        rows["inferred"]["controllability"] = [a - b for a, b in pairs]
+    return rows, shown
+
+
+def adaptation(case):
+    """Table 3: dreams by a world adapted to true actions, driven by inferred actions and by true ones."""
+    world, data, codes, guess = case.tuned
+    rows, _ = predict_rows(case, world, data, ["inferred", "adapted", "copy"])
+    rows["adapted"]["code_accuracy"] = [(guess == codes).float().mean().item()]
+    return rows
+
+
+def codebook(case):
+    """Figure 5: how codes are used on training clips, on held-out ones, and by the adapter."""
+    world, n, num_codes = case.world, case.args.transitions // 10, case.world.lam.cfg.num_codes
+    usage = {"training": infer_transitions(world, case.clips(case.config["data"], "train"), n)["indices"]}
+    for source, data in case.heldout.items():
+        usage[f"inferred, {label(source)}"] = infer_transitions(world, data, n)["indices"]
+    if world.adapter or case.args.task == "all":                # which has adapted the world by now
+        *_, guess = case.tuned
+        usage[f"adapter, {label(case.args.adapt_data)}"] = guess
+    try:
+        draw_usage(case.picture("codebook.png"), usage, num_codes)
+    except UserError as error:
+        case.why["codebook.png"] = str(error)
+    return {name: {k: [v] for k, v in codebook_metrics(x, num_codes).items()} for name, x in usage.items()}
+
+
+def draw_usage(path, usage, num_codes):
+    """A panel for each {name: codes of any shape}, a bar a code. Raises UserError without matplotlib."""
+    optional("matplotlib").use("Agg")
+    pyplot = optional("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(len(usage), 1, figsize=(6, 1.5 * len(usage)), sharex=True, squeeze=False,
+                                   layout="constrained")
+    for axis, (name, x) in zip(axes[:, 0], usage.items()):
+        axis.bar(range(num_codes), torch.bincount(x.flatten(), minlength=num_codes) / x.numel())
+        axis.set_title(name, fontsize=9)
+    axes[-1, 0].set_xlabel("code")
+    figure.supylabel("share")
+    figure.savefig(path, dpi=100)
+
+
+@torch.no_grad()
+def transfer(case):
+    """Figure 6, a picture: actions of the first source's clips, acted out by themselves and by the last's."""
+    names, device = list(case.heldout), case.process.device
+    donor = to_video(case.heldout[names[0]][range(4)]["video"], device)
+    # clips of other numbers: toy robots share worlds and moves clip by clip
+    other = to_video(case.heldout[names[-1]][range(4, 8)]["video"], device)
+    z, videos = case.world.lam.encode(donor)[0], [donor.cpu()]
+    for start in (donor, other):
+        made = case.world.rollout(start[:, :, :1], z, case.args.sampling_steps, case.args.guidance,
+                                  draw=Draw(0, device=device))
+        videos.append(made.cpu())
+    save_gif(case.picture("transfer.gif"), videos)
+
+
+TASKS = {"probe": probing, "predict": prediction, "adapt": adaptation, "codebook": codebook,
+         "transfer": transfer}
+SHARED = ("predict", "adapt")       # many clips are dreamed, which ranks share; the rest is for the first
+
+
 def adapted(args, config):
-    """Folder of the run adapted from --ckpt to --adapt_data; made by train.py if there is none, or gone on with if it was stopped."""
-    out = os.path.normpath(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt))
-    name = f"{os.path.basename(out)}-{parse_source(args.adapt_data)[0]}"
-    target = os.path.join(os.path.dirname(out), name)
-    log, flags = os.path.join(target, "metrics.jsonl"), [f"--resume={target}"]
-    if not os.path.exists(log) or '"event": "result"' not in open(log).read():
-        if not os.path.exists(os.path.join(target, "ckpt.pt")):
-            skip = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam", "dry_run", "batch")
-            flags = [f"--{k}={v}" for k, v in (config | {"eval_clips": 1, "eval_transitions": 64}).items() if k not in skip]
-            flags += ["--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"]
-        print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} --data {args.adapt_data} --name {name}", flush=True)
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        done = subprocess.run([sys.executable, script, *flags], cwd=os.path.dirname(os.path.dirname(os.path.abspath(out))),
-                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=alone)
-        if done.returncode:
-            raise ValueError(f"adaptation failed: {done.stderr.strip().splitlines()[-1]}")
+    """Folder of the run --ckpt, adapted to --adapt_data, by train.py unless it is there and whole."""
+    run = os.path.normpath(run_folder(args.ckpt))
+    target = f"{run}-{label(args.adapt_data)}"
+    log = os.path.join(target, "metrics.jsonl")
+    if os.path.exists(log):
+        with open(log) as f:
+            if '"event": "result"' in f.read():
+                return target
+    name = os.path.relpath(target, "out")                       # where train.py puts it
+    if os.path.exists(os.path.join(target, "ckpt.pt")):
+        flags = [f"--resume={target}"]
+    else:
+        # the run's settings, but for those that an adaptation has of its own, and that an older run had
+        own = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam",
+               "dry_run", "batch")
+        known = {f.name for f in fields(Config)} - set(own)
+        settings = config | {"eval_clips": 1, "eval_transitions": 64}
+        flags = [f"--{k}={v}" for k, v in settings.items() if k in known]
+        flags += ["--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"]
+    print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} "
+          f"--data {args.adapt_data} --name {name}", flush=True)
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, script, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True, env=alone)
+    if done.returncode:
+        complaint = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise UserError(f"adaptation failed: {complaint[-1]}")
     return target
+
+
+# the command line -------------------------------------------------------------------------------------
 
 
 def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", help="run folder or checkpoint")
-    add("--task", default="all", choices=("probe", "predict", "adapt", "codebook", "transfer", "all"))
-    add("--data", nargs="+", help="sources to measure on, a row each (toy: every robot and the held-out one; else the run's own)")
+    add("--task", default="all", choices=(*TASKS, "all"))
+    add("--data", nargs="+", help="sources to measure on, a row each (toy: all robots; else the run's own)")
     add("--adapt_data", help="source with actions to adapt to (toy: held-out)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a seed has clips, noise and probe of its own")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each has its own clips, noise and probe")
     add("--clips", type=int, default=64, help="dreamed clips a source and seed (the paper: 1920)")
-    add("--transitions", type=int, default=20000, help="held-out transitions of the probe, and of the codebook a tenth")
+    add("--transitions", type=int, default=20000, help="of the probe, held out; a tenth for the codebook")
     add("--sampling_steps", type=int, help="Euler steps (as trained)")
     add("--guidance", type=float, help="guidance scale (as trained)")
     add("--i3d", help="FVD's network: StyleGAN-V's I3D as TorchScript")
@@ -405,123 +328,72 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not (args.ckpt or args.compare):
         parser.error("--ckpt: which run?")
-    for k in ("clips", "transitions", "sampling_steps"):
-        if getattr(args, k) is not None and getattr(args, k) < 2 - (k == "sampling_steps"):
-            parser.error(f"--{k} {getattr(args, k)}: too few")
+    for name, least in {"clips": 2, "transitions": 2, "sampling_steps": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value}: too few")
     return args
+
+
+def open_case(args, process):
+    """What the command line names, opened. Raises UserError for what cannot be."""
+    state = load_checkpoint(args.ckpt)
+    config, world = state["config"], restore(state, args.vae_weights).to(process.device).eval()
+    if args.task in ("codebook", "transfer", "all") and not world.lam.quantize:
+        raise UserError(f"{args.ckpt}: its latent actions are still continuous")
+    measured = video_measures(config["size"], config["eval_frames"], process.device, args.i3d)
+    out = args.out or run_folder(args.ckpt)
+    case = Case(args, process, world, config, state["step"], {}, *measured, out)
+    on_toys = config["data"] in TOY
+    for name in args.data or (toy.EMBODIMENTS if on_toys else sources(config["data"])):
+        case.heldout[name] = case.clips([name], "heldout")
+    if not args.adapt_data:
+        labelled = [name for name, data in case.heldout.items() if data.labelled]
+        args.adapt_data = config["data"]
+        if labelled and not world.adapter:
+            args.adapt_data = "held-out" if on_toys else labelled[0]
+    return case
+
+
+def protocol_of(case):
+    """How the numbers were measured: they compare only with those that were measured alike."""
+    args, cfg = case.args, case.world.cfg
+    frames, size = case.config["eval_frames"], case.config["size"]
+    return {
+        "clips": args.clips, "frames": frames, "generated": frames - 1, "size": size,
+        "transitions": args.transitions, "seeds": args.seeds,
+        "sampling_steps": args.sampling_steps or cfg.sampling_steps,
+        "guidance": cfg.guidance if args.guidance is None else args.guidance,
+        "lpips": "alex, x100", "ssim": "x100",
+    }
 
 
 def main(argv):
     args = parse(argv)
     if args.compare:
         return compare(*args.compare)
-    rank, ranks, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    state = load_checkpoint(args.ckpt)
-    config, world = state["config"], restore(state, args.vae_weights).to(device).eval()
-    known = config["data"] in TOY
-    names = args.data or (list(toy.EMBODIMENTS) if known else sources(config["data"]))
-    open_clips = lambda name, split: clips([name], config["size"], config["eval_frames"], config["seed"], split)
-    heldout = {name: open_clips(name, "heldout") for name in names}
-    labelled = [name for name in names if heldout[name].labelled]
-    args.adapt_data = args.adapt_data or (config["data"] if world.adapter or not labelled else "held-out" if known else labelled[0])
-    wants = lambda task: args.task in (task, "all")
-    measures, features, why = optional(args, config["size"], config["eval_frames"], device)
-    if args.clips < 64 and rank == 0 and (wants("predict") or wants("adapt")):
-        print(f"warning: {args.clips} clips are fewer than the 64 features of rfvd; its covariance is singular", file=sys.stderr)
-    if ranks > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    out = args.out or (args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt) or ".")
-    tables, pictures = {}, os.path.join(out, "samples")
-    os.makedirs(pictures, exist_ok=True)
-
-    def show(task, rows):
-        tables[task] = rows
-        if rank == 0:
-            table(task, rows)
-
-    if wants("probe") and rank == 0:
-        rows = {parse_source(name)[0]: probe_rows(world, open_clips(name, "train"), heldout[name], args) for name in labelled}
-        if rows:
-            show("probe", rows)
-        else:
-            why["probe"] = "no source has actions"
-    if wants("predict"):
-        variants = ["inferred", "shuffled", "null", "copy", "whole"] + ["fdm"] * bool(world.lam.fdm)
-        rows = {}
-        for name, data in heldout.items():
-            made, videos = predict_rows(world, data, variants, args, measures, features, rank, ranks)
-            rows |= {f"{parse_source(name)[0]} {v}": row for v, row in made.items()}
-            if videos and rank == 0:
-                save_gif(os.path.join(pictures, f"predict-{parse_source(name)[0]}.gif"), videos)
-        show("predict", rows)
-    usage = {}
-    if (wants("codebook") or wants("transfer")) and not world.lam.quantize:
-        raise ValueError(f"{args.ckpt}: its latent actions are still continuous")
-    if wants("codebook") and rank == 0:
-        count = lambda data, n: infer(world, data, -(-n // (data.frames - 1)))["indices"].flatten(0, 1)
-        usage["training"] = count(clips(config["data"], config["size"], config["eval_frames"], config["seed"]), args.transitions // 10)
-        usage |= {f"inferred, {parse_source(name)[0]}": count(data, args.transitions // 10) for name, data in heldout.items()}
-    if wants("adapt") or (wants("codebook") and world.adapter):
-        if world.adapter:
-            tuned, data = world, open_clips(args.adapt_data, "heldout")
-        else:
-            target = adapted(args, config) if rank == 0 else None
-            if ranks > 1:
-                target = [target]
-                dist.broadcast_object_list(target)
-                target = target[0]
-            tuned, data = restore(load_checkpoint(target), args.vae_weights).to(device).eval(), open_clips(args.adapt_data, "heldout")
-        dims = data[[0]]["actions"].shape[-1] if data.labelled else 0
-        if dims != tuned.adapter.action_dim:
-            raise ValueError(f"--adapt_data {args.adapt_data}: its actions have {dims} dimensions, the adapter takes {tuned.adapter.action_dim}")
-        found = infer(tuned, data, -(-args.transitions // 10 // (data.frames - 1)))
-        with torch.no_grad():
-            guess = tuned.adapter(found["actions"].to(device)).argmax(-1).cpu()
-        usage["adapter, " + parse_source(args.adapt_data)[0]] = guess.flatten(0, 1)
-        if wants("adapt"):
-            rows, _ = predict_rows(tuned, data, ["inferred", "adapted", "copy"], args, measures, features, rank, ranks)
-            rows["adapted"] |= {"code_accuracy": [(guess == found["indices"]).float().mean().item()]}
-            show("adapt", rows)
-    if wants("codebook") and rank == 0:
-        show("codebook", {name: {k: [v] for k, v in codebook_metrics(x, world.lam.cfg.num_codes).items()} for name, x in usage.items()})
-        try:
-            import matplotlib
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-            figure, axes = plt.subplots(len(usage), 1, figsize=(6, 1.5 * len(usage)), sharex=True, layout="constrained")
-            for axis, (name, x) in zip(np.atleast_1d(axes), usage.items()):
-                axis.bar(range(world.lam.cfg.num_codes), torch.bincount(x.flatten(), minlength=world.lam.cfg.num_codes) / x.numel())
-                axis.set_title(name, fontsize=9)
-            axes[-1].set_xlabel("code"), figure.supylabel("share")
-            figure.savefig(os.path.join(pictures, "codebook.png"), dpi=100)
-        except ImportError:
-            why["codebook.png"] = "needs pip install matplotlib"
-    if wants("transfer") and rank == 0:
-        names = list(heldout)
-        # other clips than the donor's: toy robots share worlds and moves clip by clip
-        donor, other = (to_video(heldout[n][range(i, i + 4)]["video"], device) for n, i in ((names[0], 0), (names[-1], 4)))
-        with torch.no_grad():
-            z = world.lam.encode(donor)[0]
-            made = [world.rollout(v[:, :, :1], z, args.sampling_steps, args.guidance, draw=Draw(0, device=device)) for v in (donor, other)]
-        save_gif(os.path.join(pictures, "transfer.gif"), [v.cpu() for v in (donor, *made)])
-    if rank == 0:
-        if wants("predict") or wants("adapt"):
-            for column in ("ssim", "lpips", "fvd"):
-                if column in why:
-                    print(f"{column}: not computed; {why[column]}")
-        protocol = {"clips": args.clips, "frames": config["eval_frames"], "generated": config["eval_frames"] - 1, "size": config["size"],
-                    "transitions": args.transitions, "seeds": args.seeds, "sampling_steps": args.sampling_steps or world.cfg.sampling_steps,
-                    "guidance": world.cfg.guidance if args.guidance is None else args.guidance, "lpips": "alex, x100", "ssim": "x100",
-                    "rfvd": "random 3-D conv net of 64 features, not FVD"}
+    process = Process.here()
+    case = open_case(args, process)
+    if process.ranks > 1:
+        dist.init_process_group("gloo")                         # what ranks exchange are Python objects
+    os.makedirs(os.path.join(case.out, "samples"), exist_ok=True)
+    protocol = protocol_of(case)
+    tasks = list(TASKS) if args.task == "all" else [args.task]
+    for task in tasks:
+        rows = TASKS[task](case) if process.master or task in SHARED else None
+        if process.master:
+            if rows:
+                table(task, rows)
+            tables = {task: rows} if rows else {}
+            save_results(case.out, args.ckpt, case.step, tables, protocol, {"not_computed": case.why})
+    if process.master:
+        for column in ("ssim", "lpips", "fvd"):
+            if column in case.why and set(tasks) & set(SHARED):
+                print(f"{column}: not computed; {case.why[column]}")
         print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
-        save_results(out, args.ckpt, state["step"], tables, protocol, {"not_computed": why})
-    if ranks > 1:
+    if process.ranks > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (DataError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    program(main)

@@ -1,18 +1,19 @@
 """Plan with a world model: search for actions whose dream ends at a goal image, act, look, plan again.
 
-    python plan.py --ckpt out/toy-held-out --random --oracle                    # the toy world; a run of train.py --mode adapt
+    python plan.py --ckpt out/toy-held-out --random --oracle        # the toy world; a run of --mode adapt
     python plan.py --env robodesk --ckpt out/desk --task push_red open_slide --goals goals
-    python plan.py --collect robodesk --episodes 400 --out data/robodesk        # record episodes to train and adapt on
+    python plan.py --collect robodesk --episodes 400 --out data/robodesk        # to train and adapt on
 
-Paper: section 4.4, table 4. Protocol on RoboDesk: VP2 (Tian et al. 2023, arXiv 2304.13723). A candidate is a sequence of
-real actions; the adapter turns it into latent actions, the world dreams it, and its pixels are compared with the goal's.
+Paper: section 4.4, table 4. Protocol on RoboDesk: VP2 (Tian et al. 2023, arXiv 2304.13723). A candidate is a
+sequence of real actions; the adapter turns it into latent actions, the world dreams it, and its pixels are
+compared with the goal's.
 """
 
-import argparse
 import math
 import os
-import sys
 import time
+from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,16 +24,19 @@ from tqdm import tqdm
 import desk
 import toy
 from checkpoint import load_checkpoint, restore
-from data import Parser, to_video
-from evaluate import save_gif, save_results, table
+from config import Process
+from data import Parser, program, to_video
+from evaluate import run_folder, save_gif, save_results, table
 from flow import Draw
+from formats import UserError
 from metrics import wilson
 
 
 def proposals(mean, std, samples, beta=0.5, low=-1.0, high=1.0, generator=None):
     """Action sequences around a mean (horizon, a), clipped: (samples, horizon, a)
 
-    The noise is correlated in time as in VP2 and PDDM (Nagabandi et al. 2019): n_t = beta n_(t-1) + (1 - beta) std e_t, n_1 = std e_1.
+    The noise is correlated in time as in VP2 and PDDM (Nagabandi et al. 2019):
+    n_t = beta n_(t-1) + (1 - beta) std e_t, n_1 = std e_1.
     """
     noise = torch.randn(samples, *mean.shape, generator=generator, device=mean.device) * std
     for t in range(1, len(mean)):
@@ -40,7 +44,8 @@ def proposals(mean, std, samples, beta=0.5, low=-1.0, high=1.0, generator=None):
     return (mean + noise).clamp(low, high)
 
 
-def cem(score, mean, std, samples=200, iterations=3, elites=0.05, beta=0.5, low=-1.0, high=1.0, generator=None):
+def cem(score, mean, std, samples=200, iterations=3, elites=0.05, beta=0.5, low=-1.0, high=1.0,
+        generator=None):
     """Cross-entropy method: refit a Gaussian to the best sequences, again and again.
 
     Args:
@@ -63,10 +68,11 @@ def cem(score, mean, std, samples=200, iterations=3, elites=0.05, beta=0.5, low=
     return best
 
 
-def mppi(score, mean, std, samples=200, iterations=1, gamma=0.05, beta=0.5, low=-1.0, high=1.0, generator=None):
-    """Model predictive path integral control (Williams et al. 2017): the mean of all sequences, weighted by exp(gamma * score).
+def mppi(score, mean, std, samples=200, iterations=1, gamma=0.05, beta=0.5, low=-1.0, high=1.0,
+         generator=None):
+    """Model predictive path integral control: the mean of all sequences, weighted by exp(gamma * score).
 
-    Arguments as for `cem`; returns the mean (horizon, a).
+    Williams et al. 2017. Arguments as for `cem`; returns the mean (horizon, a).
     """
     for _ in range(iterations):
         x = proposals(mean, std, samples, beta, low, high, generator)
@@ -75,8 +81,11 @@ def mppi(score, mean, std, samples=200, iterations=1, gamma=0.05, beta=0.5, low=
 
 
 def shift(plan, steps):
-    """What is left of a plan (horizon, a) after some steps, its last action repeated: the next search starts there."""
+    """What is left of a plan (horizon, a) after some steps, with its last action repeated."""
     return torch.cat([plan[steps:], plan[-1:].expand(min(steps, len(plan)), -1)])
+
+
+conv = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class Classifier(nn.Module):
@@ -85,7 +94,7 @@ class Classifier(nn.Module):
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
-            self.cnv = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+            self.cnv = nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 32))
 
         def forward(self, x):
             return x + self.cnv(x)
@@ -93,7 +102,7 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         middle = [layer for _ in range(3) for layer in (self.Residual(), nn.ReLU())]
-        self.net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), *middle, nn.Conv2d(32, 3, 3, padding=1), nn.Flatten(),
+        self.net = nn.Sequential(conv(3, 32), *middle, conv(32, 3), nn.Flatten(),
                                  nn.Linear(3 * 64 * 64, 1024), nn.ReLU(), nn.Linear(1024, 1))
 
     def forward(self, images):
@@ -102,29 +111,24 @@ class Classifier(nn.Module):
 
 
 def reward(video, goal, classifier=None):
-    """VP2's, over all frames: minus half the summed squared error, plus 10 times the summed logits; pixels count in [0, 1].
+    """VP2's score (n,): minus half the squared error, plus 10 times the logits, summed over all frames.
 
     Args:
-        video: (n, 3, t, h, w) in [-1, 1]; goal: (3, h, w) in [-1, 1].
-
-    Returns:
-        (n,)
+        video: (n, 3, t, h, w) in [-1, 1]; goal: (3, h, w) in [-1, 1]. Both are scored in [0, 1].
     """
     out = -0.5 * ((video - goal[:, None]) / 2).square().sum((1, 2, 3, 4))
     if classifier:
-        out += 10 * classifier(rearrange((video + 1) / 2, "n c t h w -> (n t) c h w")).view(len(video), -1).sum(1)
+        logits = classifier(rearrange((video + 1) / 2, "n c t h w -> (n t) c h w"))
+        out += 10 * logits.view(len(video), -1).sum(1)
     return out
 
 
 @torch.no_grad()
 def dream(world, frames, past, actions, seed, fps, context=1, steps=None, guidance=None):
-    """What the world expects of real actions.
-
-    All candidates share context and noise, and equal latent actions are dreamed once.
+    """What the world expects of real actions. They share context and noise; equal ones are dreamed once.
 
     Args:
-        frames: uint8 (t, h, w, 3), what was seen; past: (t-1, a), what was done.
-        actions: (n, horizon, a).
+        frames: uint8 (t, h, w, 3), what was seen; past: (t-1, a), what was done; actions: (n, horizon, a).
         context: of the frames, how many the dream starts from at most.
 
     Returns:
@@ -132,13 +136,18 @@ def dream(world, frames, past, actions, seed, fps, context=1, steps=None, guidan
     """
     r, horizon = world.vae.time_stride, actions.shape[1]
     context = 1 + (min(context, len(frames)) - 1) // r * r                      # whole latent frames
-    actions = torch.cat([past[len(past) - context + 1:].expand(len(actions), -1, -1), actions,
-                         actions[:, -1:].expand(-1, -horizon % r, -1)], 1)
+    done = past[len(past) - context + 1:].expand(len(actions), -1, -1)
+    beyond = actions[:, -1:].expand(-1, -horizon % r, -1)
+    actions = torch.cat([done, actions, beyond], 1)                             # (n, t-1, a)
     z, back = world.latent_actions(actions).unique(dim=0, return_inverse=True)  # (m, t-1, k, d), (n,)
     noise = Draw(seed, device=z.device)
-    same = lambda draw, b, *shape: noise(draw, 1, *shape).expand(b, *shape)
+
+    def same_noise(draw, b, *shape):
+        return noise(draw, 1, *shape).expand(b, *shape)
+
     seen = to_video(torch.from_numpy(frames[None, -context:]), z.device)
-    video = world.rollout(seen, z, steps, guidance, torch.full((len(z),), float(fps), device=z.device), same)
+    fps = torch.full((len(z),), float(fps), device=z.device)
+    video = world.rollout(seen, z, steps, guidance, fps, same_noise)
     return video[back][:, :, context:context + horizon]
 
 
@@ -152,90 +161,151 @@ def simulate(copies, state, actions):
     return to_video(torch.from_numpy(np.stack(frames, 1)), actions.device)
 
 
-def episode(agent, make, task, goal, image, world, classifier, args, seed):
-    """One episode in closed loop.
-
-    Args:
-        agent: "world" plans in the world model, "oracle" in the simulator, "random" draws a plan and follows it.
-        make: n -> n copies of the environment at the start; goal: its state, (1, ...); image: uint8 (size, size, 3).
-
-    Returns:
-        success, seconds of planning a plan, videos [what was seen, what was dreamed, the goal] (1, 3, t, h, w).
-    """
-    device = next(world.parameters()).device if world else torch.device("cpu")
-    env, generator = make(1), torch.Generator(device).manual_seed(seed)
-    copies = {n: make(n) for n in (1, args.samples)} if agent == "oracle" else None
-    target = to_video(torch.from_numpy(image[None, None]), device)[0, :, 0]
-    std = torch.tensor(args.std, device=device).expand(env.action_dim)
-    mean = torch.zeros(args.horizon, env.action_dim, device=device)
-    queue, frames, past, dreamed, seconds, success = [mean[0]] * args.wait, [env.render()[0]], [], [], [], False
-    while len(past) < args.steps and not success:
-        if not queue:
-            began, now = time.time(), len(past)
-
-            def imagine(actions):
-                if agent == "oracle":
-                    return simulate(copies[len(actions)], env.get_state(), actions)
-                return dream(world, np.stack(frames), torch.stack([mean[0], *past])[1:], actions, seed + now, env.fps, args.context,
-                             args.sampling_steps, args.guidance)
-
-            score = lambda actions: reward(imagine(actions), target, classifier)
-            common = dict(samples=args.samples, beta=args.beta, generator=generator)
-            if agent == "random":
-                plan = proposals(torch.zeros_like(mean), std, 1, args.beta, generator=generator)[0]
-            elif args.planner == "cem":
-                plan = cem(score, mean, std, iterations=args.iterations, elites=args.elites, **common)
-            else:
-                plan = mppi(score, mean, std, gamma=args.gamma, **common)
-            queue, mean = list(plan[:args.replan]), shift(plan, args.replan)
-            seconds.append(time.time() - began)
-            dreamed += list(imagine(plan[None, :args.replan])[0].unbind(1)) if agent != "random" else []
-        past.append(queue.pop(0))
-        env.step(past[-1][None].cpu().numpy())
-        frames.append(env.render()[0])
-        success = bool(env.success(task, goal)[0])
-    seen = to_video(torch.from_numpy(np.stack(frames)[None]))
-    videos = [seen, target.cpu()[None, :, None].expand_as(seen)]
-    if dreamed:                                                 # before the first plan there is no dream
-        videos.insert(1, torch.cat([seen[:, :, :1 + args.wait], torch.stack(dreamed, 1).cpu()[None]], 2)[:, :, :len(frames)])
-    return success, float(np.mean(seconds)), videos
+# the closed loop ----------------------------------------------------------------------------------
 
 
-# the command line -----------------------------------------------------------------------------------------------------
+class Episode:
+    """A start-goal pair in closed loop: plan, act out the plan's first actions, look, plan again."""
 
+    def __init__(self, problem, args, seed, device):
+        make, self.goal, image = problem
+        self.args, self.seed, self.env = args, seed, make(1)
+        self.target = to_video(torch.from_numpy(image[None, None]), device)[0, :, 0]    # (3, h, w)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.frames = [self.env.render()[0]]                                    # what was seen
+        self.past = torch.zeros(0, self.env.action_dim, device=device)          # what was done (t-1, a)
+        self.imagined = []                                                      # (3, h, w) after each action
+
+    def run(self, agent, task):
+        """Act until the task is solved or no step is left: whether it is solved, seconds of each plan."""
+        args, seconds, success = self.args, [], False
+        mean = self.past.new_zeros(args.horizon, self.env.action_dim)
+        std = mean.new_tensor(args.std).expand(self.env.action_dim)
+        queue = [mean[0]] * args.wait
+        while len(self.past) < args.steps and not success:
+            if not queue:
+                began = time.time()
+                plan = agent.plan(self, mean, std)
+                seconds.append(time.time() - began)
+                queue, mean = list(plan[:args.replan]), shift(plan, args.replan)
+                if agent.imagine:
+                    self.imagined += agent.imagine(self, plan[None, :args.replan])[0].unbind(1)
+            action = queue.pop(0)[None]                                         # (1, a)
+            self.env.step(action.cpu().numpy())
+            self.past = torch.cat([self.past, action])
+            self.frames.append(self.env.render()[0])
+            success = bool(self.env.success(task, self.goal)[0])
+        return success, seconds
+
+    def videos(self):
+        """What was seen, what was imagined (if anything was), and the goal: (1, 3, t, h, w) each"""
+        seen = to_video(torch.from_numpy(np.stack(self.frames)[None]))
+        goal = self.target.cpu()[None, :, None].expand_as(seen)
+        if not self.imagined:
+            return [seen, goal]
+        imagined = torch.cat([seen[:, :, :1 + self.args.wait], torch.stack(self.imagined, 1).cpu()[None]], 2)
+        return [seen, imagined[:, :, :seen.shape[2]], goal]
+
+
+class Agent:
+    """Plans by imagining where actions lead; one without imagination acts at random, the lower bound."""
+
+    def __init__(self, args, classifier=None, imagine=None):
+        """imagine: (episode, actions (n, horizon, a)) -> video (n, 3, horizon, h, w) in [-1, 1]"""
+        self.args, self.classifier, self.imagine = args, classifier, imagine
+
+    def plan(self, episode, mean, std):
+        """Actions to come (horizon, a). mean: what is left of the last plan; std: of the noise around it."""
+        def score(actions):
+            return reward(self.imagine(episode, actions), episode.target, self.classifier)
+
+        args, generator = self.args, episode.generator
+        if not self.imagine:
+            return proposals(torch.zeros_like(mean), std, 1, args.beta, generator=generator)[0]
+        if args.planner == "cem":
+            return cem(score, mean, std, args.samples, args.iterations, args.elites, args.beta,
+                       generator=generator)
+        return mppi(score, mean, std, args.samples, gamma=args.gamma, beta=args.beta, generator=generator)
+
+
+def agents(args, world, classifier):
+    """{name: problem -> agent}: those that the command line asks for"""
+    def planner(problem):
+        def imagine(episode, actions):
+            seed = episode.seed + len(episode.past)
+            return dream(world, np.stack(episode.frames), episode.past, actions, seed, episode.env.fps,
+                         args.context, args.sampling_steps, args.guidance)
+        return Agent(args, classifier, imagine)
+
+    def oracle(problem):
+        make, *_ = problem
+        copies = {n: make(n) for n in (1, args.samples)}        # for a plan, and for its candidates
+
+        def imagine(episode, actions):
+            return simulate(copies[len(actions)], episode.env.get_state(), actions)
+        return Agent(args, classifier, imagine)
+
+    every = {"world": planner, "random": lambda problem: Agent(args), "oracle": oracle}
+    asked = {"world": world, "random": args.random, "oracle": args.oracle}
+    return {name: start for name, start in every.items() if asked[name]}
+
+
+def measure(task, name, start, pairs, args, device, pictures):
+    """A row of the table, {column: [values]}: the agents start(problem) on the start-goal pairs of a task"""
+    success, seconds = [], []
+    bar = tqdm(total=len(pairs) * len(args.seeds), desc=f"{task} {name}", dynamic_ncols=True, disable=None,
+               leave=False)
+    for seed in args.seeds:
+        won = []
+        for i, problem in enumerate(pairs):
+            episode = Episode(problem, args, (seed * 1000 + i) * 1000, device)
+            solved, took = episode.run(start(problem), task)
+            save_gif(os.path.join(pictures, f"{task}-{name}-{seed}-{i:02d}.gif"), episode.videos())
+            won.append(solved)
+            if took:
+                seconds.append(np.mean(took))
+            bar.update()
+            bar.set_postfix_str(f"success {np.mean(won):.2f}")
+        success.append(float(np.mean(won)))
+    bar.close()
+    low, high = wilson(np.mean(success), len(pairs))
+    return {"success": success, "seconds a plan": [float(np.mean(seconds))] if seconds else [],
+            "low": [low], "high": [high], "pairs": [len(pairs)], "samples": [args.samples]}
+
+
+# the command line ---------------------------------------------------------------------------------
 
 DEFAULT_GOALS = os.path.join("out", "goals")
 DEFAULTS = {
-    "toy": dict(tasks=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0, context=1, std=[1.2], elites=0.2,
-                sampling_steps=2, size=16),
-    # VP2's, but for the sampler; of its samples see `main`
-    "robodesk": dict(tasks=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1, context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1],
-                     elites=0.05, sampling_steps=3, size=64),
+    "toy": dict(tasks=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0,
+                context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16),
+    # VP2's, but for the sampler
+    "robodesk": dict(tasks=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1,
+                     context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1], elites=0.05, sampling_steps=3, size=64),
 }
+SAMPLES = {"open_slide": 800, "open_drawer": 800}               # VP2's, of other tasks 200
 
 
 def problems(args, task, robot, size):
-    """(make, goal state, goal image) of each start-goal pair."""
+    """Start-goal pairs of a task: (n -> n copies of the environment at the start, goal state, goal image)"""
     if args.env == "toy":
-        world, goal = toy.task_pairs(task, robot, args.pairs, size=size)
+        world, goals = toy.task_pairs(task, robot, args.pairs, size=size)
         starts = world.get_state()
-        world.set_state(goal)
+        world.set_state(goals)
         images = world.render()
-        build = lambda i, n: toy.ToyWorld(robot, [i] * n, 1000, size)           # as in `task_pairs`
     else:
         if args.goals == DEFAULT_GOALS:
             desk.make_goals(task, args.goals, args.pairs, size)
-        pairs = desk.goals(task, args.goals, args.pairs, size)
-        starts, images, goal = np.stack([p[0] for p in pairs]), [p[1] for p in pairs], [None] * len(pairs)
-        build = lambda i, n: desk.Desk(n, size)
+        starts, images = zip(*desk.goals(task, args.goals, args.pairs, size))
+        starts, goals = np.stack(starts), [None] * len(starts)  # a desk needs no goal state to tell success
 
-    def maker(i):
-        def make(n):
-            world = build(i, n)
-            world.set_state(np.repeat(starts[i:i + 1], n, 0))
-            return world
-        return make
-    return [(maker(i), goal[i:i + 1], images[i]) for i in range(len(images))]
+    def make(i, n):
+        # 1000: the seed of `task_pairs`
+        env = toy.ToyWorld(robot, [i] * n, 1000, size) if args.env == "toy" else desk.Desk(n, size)
+        env.set_state(np.repeat(starts[i:i + 1], n, 0))
+        return env
+
+    return [(partial(make, i), goals[i:i + 1], images[i]) for i in range(len(images))]
 
 
 def parse(argv):
@@ -246,12 +316,12 @@ def parse(argv):
     add("--oracle", action="store_true", help="also plan in the true simulator: the upper bound")
     add("--env", default="toy", choices=DEFAULTS)
     add("--task", nargs="+", help="(all of the environment's)")
-    add("--goals", default=DEFAULT_GOALS, help="RoboDesk: folder of recorded goals, or VP2's HDF5; what lacks in the default folder is recorded")
-    add("--classifier", help="VP2's success classifier, a file of weights, for a single task; without it pixels alone count")
+    add("--goals", default=DEFAULT_GOALS, help="RoboDesk's: folder (the default is filled up) or VP2's HDF5")
+    add("--classifier", help="weights of VP2's success classifier, for a single task (without: pixels alone)")
     add("--pairs", type=int, default=30, help="start-goal pairs a task")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of planner and dreams; the pairs stay")
     add("--planner", choices=("cem", "mppi"), help="(toy: cem, robodesk: mppi)")
-    add("--samples", type=int, help="candidates of a search iteration (64; robodesk 200, slide and drawer 800)")
+    add("--samples", type=int, help="candidates of an iteration (64; robodesk 200, slide and drawer 800)")
     add("--iterations", type=int, default=3, help="of CEM")
     add("--elites", type=float, help="share of CEM's samples that is refitted to (toy 0.2, robodesk 0.05)")
     add("--gamma", type=float, default=0.05, help="MPPI's weight of the reward")
@@ -265,92 +335,92 @@ def parse(argv):
     add("--sampling_steps", type=int, help="Euler steps (toy 2, robodesk 3)")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1: none")
     add("--vae_weights", help="where Open-Sora's VAE lies now")
-    add("--out", help="folder of results.json and of the GIFs, one an episode (the run's folder, or out/plan-ENV); of the episodes to collect")
-    add("--collect", choices=("robodesk",), help="record episodes instead of planning; goes on where it was stopped")
+    add("--out", help="folder of results.json and GIFs (the run's, or out/plan-ENV), or to collect in")
+    add("--collect", choices=("robodesk",), help="record episodes instead of planning; what is there stays")
     add("--episodes", type=int, default=400, help="to collect")
     args = parser.parse_args(argv)
-    defaults = DEFAULTS[args.env]
-    for k in ("planner", "samples", "horizon", "replan", "steps", "wait", "context", "std", "elites", "sampling_steps"):
-        if getattr(args, k) is None:
-            setattr(args, k, defaults[k])
-    for k in ("pairs", "samples", "iterations", "horizon", "replan", "steps", "context", "sampling_steps", "episodes"):
-        if getattr(args, k) is not None and getattr(args, k) < 1:
-            parser.error(f"--{k} {getattr(args, k)}: must be at least 1")
-    if args.replan > args.horizon:
-        parser.error(f"--replan {args.replan}: a plan has only --horizon {args.horizon} actions")
-    dims = 5 if args.env == "robodesk" else 1
-    if len(args.std) not in (1, dims):
-        parser.error(f"--std: takes 1 number{' or 5' * (dims > 1)}, not {len(args.std)}")
-    args.task = args.task or list(defaults["tasks"])
-    for task in args.task:
-        if task not in defaults["tasks"]:
-            parser.error(f"--task {task}: {args.env} has {', '.join(defaults['tasks'])}")
-    if args.classifier and len(args.task) != 1:
-        parser.error("--classifier: it knows one task; name it with --task")
-    if not (args.ckpt or args.random or args.oracle or args.collect):
-        parser.error("--ckpt: which run? (or --random, --oracle)")
+    for k, v in DEFAULTS[args.env].items():
+        if k in args and getattr(args, k) is None:
+            setattr(args, k, v)
+    args.task = args.task or list(DEFAULTS[args.env]["tasks"])
+    check(args, parser.error)
     return args
+
+
+def check(args, error):
+    """End with one line where flags make no sense."""
+    for k, v in vars(args).items():
+        if type(v) is int and v < 1 and k != "wait":            # a number of something
+            error(f"--{k} {v}: must be at least 1")
+    if args.replan > args.horizon:
+        error(f"--replan {args.replan}: a plan has only --horizon {args.horizon} actions")
+    dims = desk.Desk.action_dim if args.env == "robodesk" else 1
+    if len(args.std) not in (1, dims):
+        error(f"--std: takes 1 number{f' or {dims}' if dims > 1 else ''}, not {len(args.std)}")
+    tasks = DEFAULTS[args.env]["tasks"]
+    for task in args.task:
+        if task not in tasks:
+            error(f"--task {task}: {args.env} has {', '.join(tasks)}")
+    if args.classifier and len(args.task) != 1:
+        error("--classifier: it knows one task; name it with --task")
+    if not (args.ckpt or args.random or args.oracle or args.collect):
+        error("--ckpt: which run? (or --random, --oracle)")
+
+
+def open_world(args, device):
+    """The world of --ckpt, the data that it is adapted to, the pixels of its frames, and its step."""
+    state = load_checkpoint(args.ckpt)
+    config, world = state["config"], restore(state, args.vae_weights).to(device).eval()
+    if not world.adapter:
+        raise UserError(f"{args.ckpt}: has no adapter from real actions; make one: "
+                        f"train.py --mode adapt --init {args.ckpt} --data SOURCE")
+    body = desk.Desk if args.env == "robodesk" else toy.EMBODIMENTS.get(config["data"])
+    if body is None or world.adapter.action_dim != body.action_dim:
+        raise UserError(f"{args.ckpt}: is adapted to the {world.adapter.action_dim}-dimensional actions of "
+                        f"{config['data']}, not to {args.env}")
+    return world, config["data"], config["size"], state["step"]
+
+
+def open_classifier(path, size, device):
+    if size != 64:
+        raise UserError(f"--classifier {path}: VP2's classifier sees 64 x 64 pixels, "
+                        f"this world dreams {size} x {size}")
+    classifier = Classifier().to(device).eval()
+    try:
+        classifier.load_state_dict(torch.load(path, device, weights_only=True))
+    except Exception as error:                                  # whatever a wrong file makes torch raise
+        raise UserError(f"--classifier {path}: not VP2's classifier ({str(error).splitlines()[0]})") from None
+    return classifier
 
 
 def main(argv):
     args = parse(argv)
     if args.collect:
         return desk.collect(args.out or os.path.join("data", args.collect), args.episodes, seed=args.seeds[0])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = Process.here().device
     world, robot, size, step = None, "held-out", DEFAULTS[args.env]["size"], None
+    out = args.out or os.path.join("out", f"plan-{args.env}")
     if args.ckpt:
-        state = load_checkpoint(args.ckpt)
-        world, size, step = restore(state, args.vae_weights).to(device).eval(), state["config"]["size"], state["step"]
-        robot = state["config"]["data"] if args.env == "toy" else None
-        if not world.adapter:
-            raise ValueError(f"{args.ckpt}: has no adapter from real actions; make one: train.py --mode adapt --init {args.ckpt} --data SOURCE")
-        dims = toy.EMBODIMENTS[robot].action_dim if robot in toy.EMBODIMENTS else desk.Desk.action_dim
-        if world.adapter.action_dim != dims or args.env == "toy" and robot not in toy.EMBODIMENTS:
-            raise ValueError(f"{args.ckpt}: is adapted to the {world.adapter.action_dim}-dimensional actions of {state['config']['data']}, not to {args.env}")
-    classifier = None
-    if args.classifier:
-        if size != 64:
-            raise ValueError(f"--classifier {args.classifier}: VP2's classifier sees 64 x 64 pixels, this world dreams {size} x {size}")
-        classifier = Classifier().to(device).eval()
-        try:
-            classifier.load_state_dict(torch.load(args.classifier, device, weights_only=True))
-        except Exception as error:                              # whatever a wrong file makes torch raise
-            raise ValueError(f"--classifier {args.classifier}: not VP2's classifier ({str(error).splitlines()[0]})") from None
-    out = args.out or (os.path.join("out", f"plan-{args.env}") if not args.ckpt else
-                       args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt) or ".")
+        world, robot, size, step = open_world(args, device)
+        out = args.out or run_folder(args.ckpt)
+    classifier = open_classifier(args.classifier, size, device) if args.classifier else None
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
-    agents = ["world"] * bool(world) + ["random"] * args.random + ["oracle"] * args.oracle
-    protocol = {k: v for k, v in vars(args).items() if k not in ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")}
-    protocol |= {"size": size, "cost": "pixels and classifier" if classifier else "pixels", "success": "the task's own test at any recorded state",
-                 "interval": "Wilson, 95 %, n = pairs"}
+    apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")
+    protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
+        "size": size, "cost": "pixels and classifier" if classifier else "pixels",
+        "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
     for task in args.task:
-        settings = argparse.Namespace(**vars(args))
-        settings.samples = args.samples or (800 if task in ("open_slide", "open_drawer") else 200)      # VP2's
+        settings = Namespace(**vars(args))
+        settings.samples = args.samples or SAMPLES.get(task, 200)
         pairs = problems(args, task, robot, size)
-        for agent in agents:
-            row = rows[f"{task} {agent}"] = {"success": [], "seconds a plan": []}
-            bar = tqdm(total=len(pairs) * len(args.seeds), desc=f"{task} {agent}", dynamic_ncols=True, disable=None, leave=False)
-            for seed in args.seeds:
-                won = []
-                for i, (make, goal, image) in enumerate(pairs):
-                    success, seconds, videos = episode(agent, make, task, goal, image, world, classifier, settings, (seed * 1000 + i) * 1000)
-                    save_gif(os.path.join(pictures, f"{task}-{agent}-{seed}-{i:02d}.gif"), videos)
-                    won.append(success), row["seconds a plan"].append(seconds), bar.update()
-                    bar.set_postfix_str(f"success {np.mean(won):.2f}")
-                row["success"].append(float(np.mean(won)))
-            bar.close()
-            row["seconds a plan"] = [float(np.mean(row["seconds a plan"]))]
-            row["low"], row["high"] = ([x] for x in wilson(np.mean(row["success"]), len(pairs)))
-            row["pairs"], row["samples"] = [len(pairs)], [settings.samples]
+        for name, start in agents(settings, world, classifier).items():
+            rows[f"{task} {name}"] = measure(task, name, start, pairs, settings, device, pictures)
             save_results(out, args.ckpt, step, {"plan": rows}, protocol)
     table("plan", rows)
     print(", ".join(f"{k} {v}" for k, v in protocol.items()) + f"; {(time.time() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (desk.DeskError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"plan.py: {error}")
+    program(main)

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from checkpoint import newest, save
 from config import phases
-from evaluate import align, loss_by_time, report, save_gif
 from formats import UserError, speaks, whole
+from judge import align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line

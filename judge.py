@@ -1,0 +1,362 @@
+"""What a World is worth on held-out clips: its latent actions, its dreams, how well its parts fit each other.
+
+Training reports from here, and evaluate.py makes the paper's tables of it. A dream stands beside its
+controls: with another clip's actions, with none, and the first frame held still.
+
+Paper: section 4.1 (metrics), appendix C.1 (protocols).
+"""
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+
+import toy
+from data import to_video
+from flow import Draw, sample, shift_time, time_ratio
+from formats import UserError, optional
+from lam import resize
+from metrics import cka, code_numbers, codebook_metrics, nmi, probe, psnr, ssim
+
+# what is measured of a video ----------------------------------------------------------------------
+
+
+class Lpips:
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with AlexNet, times 100, mean over frames."""
+
+    def __init__(self, device):
+        self.net = optional("lpips").LPIPS(net="alex", verbose=False).to(device)
+
+    def __call__(self, a, b):
+        """Videos (b, 3, t, h, w) in [-1, 1] -> (b,)"""
+        a_frames, b_frames = (rearrange(v.float(), "b c t h w -> (b t) c h w") for v in (a, b))
+        return 100 * self.net(a_frames, b_frames).view(len(a), -1).mean(1)
+
+
+class I3D:
+    """Features of FVD: the I3D of StyleGAN-V's FVD (Skorokhodov et al. 2022), from a file of TorchScript.
+
+    Frames are resized to 224 x 224, bilinear, and kept in [-1, 1].
+    """
+
+    def __init__(self, path, device):
+        try:
+            self.net = torch.jit.load(path, map_location=device).eval()
+        except Exception as error:                              # whatever a broken file makes torch raise
+            why = str(error).splitlines()[0]
+            raise UserError(f"--i3d {path}: cannot be read as TorchScript ({why})") from None
+
+    def __call__(self, video):
+        """(b, 3, t, h, w) in [-1, 1], t >= 10 -> (b, 400)"""
+        return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)
+
+
+def video_measures(size, frames, device, i3d=None):
+    """What can be measured here of videos of so many pixels and frames, and why the rest cannot.
+
+    Args:
+        i3d: file of FVD's network, or None.
+
+    Returns:
+        {column: function of two videos -> (b,)}, {column: function of a video -> (b, d), features for the
+        Frechet distance}, {column: why it is not computed}.
+
+    Raises:
+        UserError: i3d is not TorchScript.
+    """
+    measures, features, why = {"psnr": psnr}, {}, {}
+    if size < 11:
+        why["ssim"] = f"frames of {size} pixels are smaller than its window of 11"
+    else:
+        measures["ssim"] = lambda a, b: 100 * ssim(a, b)
+    if size < 32:
+        why["lpips"] = f"frames of {size} pixels are too small for its network"
+    else:
+        try:
+            measures["lpips"] = Lpips(device)
+        except UserError as error:
+            why["lpips"] = str(error)
+        except Exception as error:                              # its network's weights are downloaded
+            why["lpips"] = f"its network could not be loaded ({str(error).splitlines()[0]})"
+    if not i3d:
+        why["fvd"] = "needs --i3d PATH, StyleGAN-V's I3D as TorchScript"
+    elif frames < 11:
+        why["fvd"] = f"needs clips of at least 11 frames, of which 10 are generated; these have {frames}"
+    else:
+        features["fvd"] = I3D(i3d, device)
+    return measures, features, why
+
+
+def save_gif(path, videos, fps=4, rows=4):
+    """Videos [(n, 3, t, h, w) in [-1, 1], ...] side by side, one clip a row, as a GIF."""
+    columns = []
+    for video in videos:
+        framed = F.pad(video[:rows], (1, 1, 1, 1), value=1.0)
+        columns.append(torch.cat(list(framed), 2))              # (3, t, rows*h, w)
+    grid = torch.cat(columns, 3)                                # (3, t, rows*h, n*w)
+    scale = max(1, 128 // videos[0].shape[-1])
+    pixels = ((grid + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    imageio.imwrite(path, pixels.numpy(), duration=1000 / fps, loop=0)
+
+
+# latent actions -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def infer(world, dataset, n, batch=64, start=0):
+    """Latent actions of n clips from number `start` on, as tensors on the CPU.
+
+    Returns:
+        dict: `z` (n, t-1, k*d), `indices` (n, t-1, k), and `codes` (n, t-1), the k indices as one number; of
+        the data `actions` (n, t-1, a) and `effects` (n, t-1), where they are known.
+    """
+    device, parts = next(world.parameters()).device, []
+    for i in range(start, start + n, batch):
+        data = dataset[range(i, min(i + batch, start + n))]
+        z, indices, _ = world.lam.encode(to_video(data["video"], device))
+        part = {"z": z.flatten(2).float().cpu(), "indices": indices.cpu()}
+        parts.append(part | {k: data[k] for k in ("actions", "effects") if k in data})
+    out = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    return out | {"codes": code_numbers(out["indices"], world.lam.cfg.num_codes)}
+
+
+def infer_transitions(world, dataset, at_least, part=0):
+    """`infer` on as many clips as hold so many transitions, one transition a row; another part has others"""
+    n = max(1, -(-at_least // (dataset.frames - 1)))
+    found = infer(world, dataset, n, start=part * n)
+    return {k: v.flatten(0, 1) for k, v in found.items()}
+
+
+def probe_source(world, train, test, pairs, seed=0, shuffled=False):
+    """What latent actions tell of true ones, by clips of a source to train on and to test on.
+
+    Args:
+        pairs: transitions, at least. seed: of the probe; another one has other clips.
+        shuffled: also probe latent actions of other transitions.
+
+    Returns:
+        dict of metrics.probe's numbers, `l1_shuffled` if asked for, and `nmi` of codes and effects for a toy
+        robot that acts by discrete moves.
+    """
+    a, b = infer_transitions(world, train, pairs, seed), infer_transitions(world, test, pairs, seed)
+    out = probe(a["z"], a["actions"], b["z"], b["actions"], seed=seed)
+    if shuffled:
+        z = a["z"][torch.randperm(len(a["z"]), generator=torch.Generator().manual_seed(seed))]
+        out["l1_shuffled"] = probe(z, a["actions"], b["z"], b["actions"], seed=seed)["l1"]
+    if world.lam.quantize and "effects" in b and toy.EMBODIMENTS[test.source].matrix is None:
+        out["nmi"] = nmi(b["codes"], b["effects"])
+    return out
+
+
+# dreams -------------------------------------------------------------------------------------------
+
+
+def fdm_rollout(world, video, z):
+    """The FDM's own rollout from the first frame, at the LAM's resolution: (b, 3, t, size, size)"""
+    frames = [resize(video[:, :, :1], world.lam.cfg.size)]
+    for i in range(z.shape[1]):
+        frames.append(world.lam.fdm(frames[-1], z[:, i:i + 1]).clamp(-1, 1))
+    return torch.cat(frames, 2)
+
+
+def whole_rollout(world, video, z, fps, draw, steps=None, guidance=None):
+    """All frames of the clip dreamed at once from the first, not one after the other: (b, 3, t, h, w)"""
+    steps = world.cfg.sampling_steps if steps is None else steps
+    guidance = world.cfg.guidance if guidance is None else guidance
+    first = world.vae.encode(video[:, :, :1])
+    b, c, _, h, w = first.shape
+    noise = draw(torch.randn, b, c, world.vae.latent_frames(video.shape[2]) - 1, h, w)
+    x = torch.cat([first, noise], 2)                                            # (b, c, l, h, w)
+    x = sample(world.dit, x, 1, world.pack(z), steps, guidance, world.cfg.time_shift, fps)
+    return world.vae.decode(x, video.shape[2]).clamp(-1, 1)
+
+
+def clip_before(source):
+    """For clips of these sources (b,): (b,) which one comes before each in its source, or itself if alone."""
+    order = torch.argsort(source, stable=True)
+    before = torch.empty_like(order)
+    for s in source.unique():
+        mine = order[source[order] == s]
+        before[mine] = mine.roll(1)
+    return before
+
+
+def dreams(world, data, variants, seed=0, steps=None, guidance=None):
+    """Clips dreamed from their first frame, under the same noise each time (Table 2).
+
+    Args:
+        data: a batch of clips.
+        variants: some of `inferred` actions; `shuffled`, those of another clip of the source; `null`, zeros;
+            `copy`, the first frame held still; `whole`, inferred actions, but all frames of the clip at once;
+            `fdm`, the FDM's own rollout; `adapted`, the adapter's codes for the true actions.
+        steps, guidance: sampling settings; None: the world's own.
+
+    Returns:
+        the true video and a dict of videos (b, 3, t, h, w).
+    """
+    device = next(world.parameters()).device
+    video, fps = to_video(data["video"], device), data["fps"].to(device)
+    z = world.lam.encode(video)[0]                                              # (b, t-1, k, d)
+    other = clip_before(data["source"]).to(device)
+    actions = {"inferred": z, "shuffled": z[other], "null": torch.zeros_like(z)}
+    if "adapted" in variants:
+        actions["adapted"] = world.latent_actions(data["actions"].to(device))
+    out = {}
+    for variant in variants:
+        draw = Draw(seed, device=device)                        # the same noise for all
+        if variant == "copy":
+            out[variant] = video[:, :, :1].expand_as(video)
+        elif variant == "fdm":
+            out[variant] = resize(fdm_rollout(world, video, z), video.shape[-1])
+        elif variant == "whole":
+            out[variant] = whole_rollout(world, video, z, fps, draw, steps, guidance)
+        else:
+            out[variant] = world.rollout(video[:, :, :1], actions[variant], steps, guidance, fps, draw)
+    return video, out
+
+
+@torch.no_grad()
+def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy"), measures={"psnr": psnr},
+            features={}, seed=0, batch=32, rank=0, ranks=1, **sampling):
+    """Measure dreams of n held-out clips, over the generated frames only. Ranks share the batches of clips.
+
+    Args:
+        variants, sampling: as for `dreams`.
+        measures: functions of two videos -> (b,). features: functions of a video -> (b, d).
+        seed: another one has other clips and other noise.
+
+    Returns:
+        {variant: {measure: (n,) values of the clips}}, {variant or "true": {feature: (n, d)}}, and the first
+        videos [true, first variant, second variant], each (b, 3, t, h, w), on the first rank.
+    """
+    parts, shown = {}, None                                     # by the number of their first clip
+    for i in range(rank * batch, n, ranks * batch):
+        numbers = range(seed * n + i, seed * n + min(i + batch, n))
+        video, made = dreams(world, dataset[numbers], variants, seed * 1000003 + i, **sampling)
+        if shown is None:
+            shown = [v.cpu() for v in [video, *made.values()][:3]]
+        true = video[:, :, 1:]                                  # the first frame is given
+        new = {variant: v[:, :, 1:] for variant, v in made.items()}
+        values = {variant: {k: f(v, true).cpu() for k, f in measures.items()} for variant, v in new.items()}
+        new["true"] = true
+        seen = {variant: {k: f(v).cpu() for k, f in features.items()} for variant, v in new.items()}
+        parts[i] = values, seen
+    if ranks > 1:
+        everyone = [None] * ranks
+        dist.all_gather_object(everyone, parts)
+        parts = {i: part for mine in everyone for i, part in mine.items()}
+    values, seen = zip(*(parts[i] for i in sorted(parts)))
+    return join(values), join(seen), shown
+
+
+def join(parts):
+    """[{variant: {key: (b, ...)}}, ...] -> {variant: {key: (n, ...)}}"""
+    return {variant: {k: torch.cat([part[variant][k] for part in parts]) for k in row}
+            for variant, row in parts[0].items()}
+
+
+# inside the world ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loss_by_time(world, dataset, n, use_actions=True, bins=4):
+    """Flow loss on held-out clips by flow time: {"loss_t0.00": ..., "loss_t0.25": ...}, its mean as `loss`"""
+    device, parts = next(world.parameters()).device, []
+    for i in range(0, n, 64):
+        data = dataset[range(i, min(i + 64, n))]
+        video, fps = to_video(data["video"], device), data["fps"].to(device)
+        found = world(video, Draw(0, 1, i, device=device), fps, use_actions)[1]
+        parts.append((found["clip_t"], found["clip_flow"]))
+    t, loss = (torch.cat(part) for part in zip(*parts))                         # (n,) each
+    in_bin = (t * bins).long().clamp(max=bins - 1)
+    out = {"loss": loss.mean().item()}
+    for k in range(bins):
+        if (in_bin == k).any():
+            out[f"loss_t{k / bins:.2f}"] = loss[in_bin == k].mean().item()
+    return out
+
+
+@torch.no_grad()
+def align(world, batch, known=None):
+    """How well latent actions and generator fit each other, on held-out clips; reviewers of the paper asked.
+
+    Args:
+        batch: clips; of each, as many frames are used as the generator sees at once.
+        known: clips with discrete `effects`, or None.
+
+    Returns:
+        dict: `latent_var`, variance of the latent actions; `cka` of latent actions and what the action
+        modules make of them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted)
+        when clips swap their actions; `nmi` of codes and effects, if they are known and there are codes yet.
+    """
+    device, r = next(world.parameters()).device, world.vae.time_stride
+    frames = 1 + world.cfg.window * r
+    video, fps = to_video(batch["video"][:, :frames], device), batch["fps"].to(device)
+    actions, x0 = world.pack(world.lam.encode(video)[0]), world.vae.encode(video)
+    b, c, l, h, w = x0.shape
+    t = shift_time(0.5, time_ratio(world.cfg.time_shift, h * w * world.vae.pixel_stride ** 2, l))
+    t = torch.full((b, l), t, device=device)
+    t[:, 0] = 0
+    mix = t[:, None, :, None, None]
+    x = (1 - mix) * x0 + mix * Draw(0, 2, device=device)(torch.randn, *x0.shape)
+    v, swapped = (world.dit(x, t, a, fps)[:, :, 1:].float() for a in (actions, actions.roll(1, 0)))
+    features = world.dit.action.features(actions)[:, 1:]                        # (b, l-1, d)
+    out = {
+        "latent_var": actions.var((0, 1)).mean().item(),
+        "cka": cka(actions.flatten(0, 1), features.flatten(0, 1)),
+        "sensitivity": ((swapped - v).norm() / v.norm().clamp(min=1e-12)).item(),
+    }
+    if known and world.lam.quantize:
+        indices = world.lam.encode(to_video(known["video"][:, :frames], device))[1]
+        codes = code_numbers(indices, world.lam.cfg.num_codes)
+        out["nmi"] = nmi(codes.flatten().cpu(), known["effects"][:, :frames - 1].flatten())
+    return out
+
+
+# everything that a run reports ----------------------------------------------------------------------
+
+DREAMED = {"psnr": "inferred", "psnr_shuffled": "shuffled", "psnr_null": "null", "psnr_copy": "copy"}
+
+
+def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, **sampling):
+    """Everything that a run measures on held-out clips.
+
+    Args:
+        dataset: held-out clips of the training mixture.
+        labelled: (name, train dataset, held-out dataset) with true actions, for the probe; NMI where
+            `effects` are known and actions are discrete.
+        clips: how many are dreamed; 0 (a LAM without a generator): none.
+        transitions, pairs: how many of the codebook, and of the probe a source.
+
+    Returns:
+        dict of numbers (None where the data do not allow one), and the videos of `predict`, or None.
+    """
+    codes = dict.fromkeys(("utilization", "max_usage", "entropy"))
+    if world.lam.quantize:
+        indices = infer_transitions(world, dataset, transitions)["indices"]     # (n, k)
+        codes = codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
+    dreamed, shown = dict.fromkeys((*DREAMED, "controllability")), None
+    if clips:
+        variants = DREAMED | ({"psnr_adapted": "adapted"} if world.adapter and labelled else {})
+        values, _, shown = predict(world, dataset, clips, variants.values(), **sampling)
+        dreamed |= {k: values[variant]["psnr"].mean().item() for k, variant in variants.items()}
+        dreamed |= loss_by_time(world, dataset, clips)
+        dreamed["controllability"] = dreamed["psnr"] - dreamed["psnr_shuffled"]
+    return codes | dreamed | probe_sources(world, labelled, pairs), shown
+
+
+def probe_sources(world, labelled, pairs):
+    """`probe_source` on each source with true actions, and the means over them."""
+    out, rows = {"nmi": None}, []
+    for name, train, test in labelled:
+        row = probe_source(world, train, test, pairs)
+        if "nmi" in row:
+            out["nmi"] = row.pop("nmi")
+        out |= {f"probe_{k}/{name}": v for k, v in row.items()}
+        rows.append(row)
+    for k in ("r2", "l1"):
+        out[f"probe_{k}"] = float(np.mean([row[k] for row in rows])) if rows else None
+    return out
