@@ -1,12 +1,18 @@
-"""One file of video or HDF5: what is in it, a few of its frames, its actions; and the index of a folder of them."""
+"""Files of video, HDF5 and LeRobot data: what is in one, some of its frames, actions beside it; their index.
+
+A video is decoded whole only once, when the index of its folder is made; afterwards a clip is read from the
+key frame before it. Nothing is guessed: what does not hold together is an error that says what is wrong.
+"""
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import importlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -14,100 +20,200 @@ from tqdm import tqdm
 
 av.logging.set_level(av.logging.PANIC)      # what is wrong with a file is said once, by us
 
-
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
-
-
 HDF5_ENDINGS = (".hdf5", ".h5")
+UNKNOWN_FPS = 24.0                          # frames a second, where a file does not say
 
 
-class DataError(Exception):
-    """A user's mistake about data, in one line."""
+class UserError(Exception):
+    """A user's mistake: one line that says what is wrong, where, and what would be right."""
 
 
-class MissingPackage(DataError):
-    pass
+DataError = UserError                       # until nobody asks for it
+
+
+def speaks():
+    """Whether this process may print a user's mistake: one a node does, where torchrun starts several."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Write a file whole or not at all: yields `path`.part to write to, which becomes `path` in the end."""
+    part = path + ".part"
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:                   # Ctrl-C too leaves nothing half-written
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def optional(package):
+    """Import a package that only some formats need. Raises UserError, with its `pip install`."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"needs pip install {package.split('.')[0]}") from None
+
+
+# video ------------------------------------------------------------------------------------------------------
 
 
 def inspect_video(file):
-    """Decode a video once: frame count `n`, `fps`, `pts` of its frames ([first, step] where regular), their unit `base`, `hw`,
-    and the shape of the `actions` beside it"""
+    """Decode a video once, from its first frame to its last.
+
+    Returns:
+        dict, which the index keeps: `n` frames, their times `pts` and `regular` (see `pack_times`), `base`
+        (seconds in a unit of time), `fps`, `hw` (pixels), `actions` (shape of those beside it, or None).
+
+    Raises:
+        UserError: no frame, a damaged one, or times that do not increase. PyAV raises more.
+    """
     pts = []
     with av.open(os.path.abspath(file)) as container:
         if not container.streams.video:
-            raise DataError("no video stream")
+            raise UserError("no video stream")
         stream = container.streams.best("video")
         h, w = stream.height, stream.width
         if not 0 < h * w <= 2 ** 26:
-            raise DataError(f"frames of {w}x{h} pixels")
+            raise UserError(f"frames of {w}x{h} pixels")
         for frame in container.decode(stream):
-            if frame.is_corrupt or frame.pts is None:
-                raise DataError(f"frame {len(pts)} is damaged" if frame.is_corrupt else "its frames have no times")
+            if frame.is_corrupt:
+                raise UserError(f"frame {len(pts)} is damaged")
+            if frame.pts is None:
+                raise UserError("its frames have no times")
             pts.append(frame.pts)
         base = float(stream.time_base)
     side = side_file(file)
     steps = np.diff(pts)
-    if not pts or (steps <= 0).any():
-        raise DataError("no frame in it" if not pts else "the times of its frames do not increase")
-    fps = 1 / (np.mean(steps) * base) if len(pts) > 1 else 24.0
-    regular = len(pts) > 1 and (steps == steps[0]).all()
-    return {"n": len(pts), "fps": round(fps, 4), "pts": [pts[0], int(steps[0])] if regular else pts, "regular": bool(regular), "base": base, "hw": [h, w],
+    if not pts:
+        raise UserError("no frame in it")
+    if (steps <= 0).any():
+        raise UserError("the times of its frames do not increase")
+    fps = 1 / (np.mean(steps) * base) if len(pts) > 1 else UNKNOWN_FPS
+    return {"n": len(pts), "fps": round(fps, 4), **pack_times(pts), "base": base, "hw": [h, w],
             "actions": list(read_side(side).shape) if side else None}
 
 
+def pack_times(pts):
+    """Times of frames as the index keeps them: where all steps are equal, only the first and the step"""
+    steps = np.diff(pts)
+    if len(pts) > 1 and (steps == steps[0]).all():
+        return {"pts": [pts[0], int(steps[0])], "regular": True}
+    return {"pts": pts, "regular": False}
+
+
 def frame_times(info):
-    """pts (n,) of a video's frames"""
-    return info["pts"][0] + info["pts"][1] * np.arange(info["n"]) if info["regular"] else np.asarray(info["pts"])
+    """Times (n,) of a file's frames, in its own unit: the inverse of `pack_times`"""
+    if not info["regular"]:
+        return np.asarray(info["pts"])
+    first, step = info["pts"]
+    return first + step * np.arange(info["n"])
 
 
 def read_video(file, info, wanted, seek=True, fit=np.asarray):
-    """Some frames, given by increasing numbers, as RGB arrays that went through `fit`: seeks to the key frame before, or decodes from
-    the start where that fails."""
+    """Some frames of a video, in a list.
+
+    Args:
+        info: what `inspect_video` said of it.
+        wanted: (t,) numbers of frames, none smaller than the one before it.
+        seek: go to the key frame before them; where that fails, or without it, decode from the start.
+        fit: what each frame, uint8 (h, w, 3), goes through as soon as it is decoded: large ones are not kept.
+
+    Raises:
+        UserError: the file is not what it was when it was indexed.
+    """
     pts = frame_times(info)[wanted].tolist()
-    missing = set(pts)
-    seek &= wanted[0] > 0 and not file.lower().endswith(".gif")                 # a GIF's frames build on each other
-    for seeks in [True, False] if seek else [False]:
-        found = {}
-        with av.open(os.path.abspath(file)) as container:
-            stream = container.streams.best("video")
-            if seeks:
-                container.seek(pts[0], stream=stream)
-            with contextlib.suppress(av.FFmpegError if seeks else ()):
-                for frame in container.decode(stream):
-                    if frame.pts in missing and not frame.is_corrupt:
-                        found[frame.pts] = fit(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
-                    if frame.pts is None or frame.pts >= pts[-1]:
-                        break
-        if len(found) == len(missing):
+    if wanted[0] == 0 or file.lower().endswith(".gif"):     # a GIF's frames build on each other
+        seek = False
+    for seeks in (True, False) if seek else (False,):
+        found = decode(file, pts, seeks, fit)
+        if len(found) == len(set(pts)):
             return [found[p] for p in pts]
-    raise DataError(f"{file}: does not decode as it did when it was indexed")
+    raise UserError(f"{file}: does not decode as it did when it was indexed")
+
+
+def decode(file, pts, seek, fit):
+    """{time: what `fit` makes of the frame}, of those of the times `pts` that are found"""
+    missing, found = set(pts), {}
+    with av.open(os.path.abspath(file)) as container:
+        stream = container.streams.best("video")
+        if seek:
+            container.seek(pts[0], stream=stream)
+        try:
+            for frame in container.decode(stream):
+                if frame.pts in missing and not frame.is_corrupt:
+                    turns = round(frame.rotation / 90) % 4      # a phone that was held upright
+                    found[frame.pts] = fit(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                if frame.pts is None or frame.pts >= pts[-1]:
+                    break
+        except av.FFmpegError:
+            if not seek:                    # else the caller tries again from the start
+                raise
+    return found
+
+
+def write_episode(path, frames, labels, fps):
+    """Arrays `labels` as path.npz and `frames` (t, h, w, 3) uint8 as path.mp4; where that is, all is.
+
+    H.264, lossless but for the colour space.
+    """
+    with whole(path + ".npz") as part, open(part, "wb") as file:
+        np.savez(file, **labels)
+    with whole(path + ".mp4") as part, av.open(part, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "0"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        file.mux(stream.encode(None))
+
+
+# HDF5, in robomimic's layout --------------------------------------------------------------------------------
 
 
 def inspect_hdf5(file):
-    """The demonstrations in a robomimic file: {name: {cameras: {key: n}, actions: [rows, dims], hw, fps}}, and its own splits"""
-    h5py = optional("h5py")
-    with h5py.File(file) as f:
-        demos, fps = {}, 24.0                   # where unknown
-        with contextlib.suppress(Exception):    # many writers, many forms
-            fps = float(json.loads(f["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
-        fps = fps if 0 < fps < float("inf") else 24.0
-        for name in sorted(f["data"], key=lambda k: (len(k), k)):
-            demo = f["data"][name]
-            cameras = {k: v.shape for k, v in demo["obs"].items() if getattr(v, "ndim", 0) == 4 and v.dtype == np.uint8 and v.shape[-1] == 3 and len(v)}
-            for key, shape in cameras.items():
-                demo["obs"][key][0], demo["obs"][key][shape[0] - 1]             # can be read
-            actions = demo["actions"].shape if "actions" in demo else None
-            demos[name] = {"cameras": {k: s[0] for k, s in cameras.items()}, "hw": list(next(iter(cameras.values()), [0, 0, 0])[1:3]), "fps": fps,
-                           "actions": list(actions) if actions else None}
-        splits = {k: [n.decode() for n in v[()]] for k, v in f.get("mask", {}).items()}
+    """Look at the first and last frame of each demonstration.
+
+    Returns:
+        {demos: {name: {cameras: {key: n frames}, hw, fps, actions: shape or None}}, splits: {name: demos}}
+    """
+    with optional("h5py").File(file) as f:
+        fps = control_rate(f)
+        names = sorted(f["data"], key=lambda name: (len(name), name))       # demo_2 before demo_10
+        demos = {name: inspect_demo(f["data"][name], fps) for name in names}
+        splits = {k: [name.decode() for name in v[()]] for k, v in f.get("mask", {}).items()}
     return {"demos": demos, "splits": splits}
 
 
-def optional(package):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise MissingPackage(f"needs pip install {package.split('.')[0]}") from None
+def control_rate(f):
+    """Frames a second of a robomimic file"""
+    with contextlib.suppress(Exception):                        # many writers, many forms
+        fps = float(json.loads(f["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
+        if 0 < fps < float("inf"):
+            return fps
+    return UNKNOWN_FPS
+
+
+def inspect_demo(demo, fps):
+    """Cameras are what has uint8 images (n, h, w, 3) under `obs`."""
+    cameras = {}
+    for key, images in demo["obs"].items():
+        if getattr(images, "ndim", 0) != 4:                     # a group has none
+            continue
+        if images.dtype == np.uint8 and images.shape[-1] == 3 and len(images):
+            for i in (0, len(images) - 1):
+                images[i]                                       # h5py raises where it cannot be read
+            cameras[key] = images.shape
+    hw = next(iter(cameras.values()))[1:3] if cameras else (0, 0)
+    actions = demo["actions"].shape if "actions" in demo else None
+    return {"cameras": {key: shape[0] for key, shape in cameras.items()}, "hw": list(hw), "fps": fps,
+            "actions": list(actions) if actions else None}
+
+
+# actions beside a video -------------------------------------------------------------------------------------
 
 
 def side_file(video):
@@ -117,7 +223,7 @@ def side_file(video):
 
 
 def read_side(file):
-    """Actions (n, a) float32 of a .npz or .json (under `actions`) or a .npy"""
+    """Actions (n, a) float32 of a .npz or .json (under `actions`) or a .npy. Raises UserError for others."""
     if file.endswith(".json"):
         with open(file) as f:
             actions = json.load(f)
@@ -127,60 +233,158 @@ def read_side(file):
         actions = actions["actions"] if file.endswith(".npz") else actions
     actions = np.asarray(actions, np.float32)
     if actions.ndim != 2 or not np.isfinite(actions).all():
-        raise DataError(f"{os.path.basename(file)}: actions are not (n, a) finite numbers")
+        raise UserError(f"{os.path.basename(file)}: actions are not (n, a) finite numbers")
     return actions
 
 
-def files_in(path):
-    """Files in a folder and its subfolders, links followed once; nothing hidden."""
-    seen = {os.path.realpath(path)}
-    for folder, inner, names in os.walk(path, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not name.startswith(".")}
-        inner[:] = [name for name in sorted(real) if real[name] not in seen]
-        seen |= set(real.values())
-        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+# LeRobot's metadata -----------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """An episode, as LeRobot's metadata list it."""
+    episode: int
+    n: int                                  # its frames
+    at: float                               # seconds into its video
+    table: str                              # the Parquet file of its actions
+    video: str
+
+
+class LeRobot:
+    """The metadata of a LeRobot data set. Version 2 has a video an episode; in version 3 a video has many.
+
+    Broken metadata raise whatever json, pyarrow and dict do; UserError: another version, or no such split.
+    """
+
+    def __init__(self, root):
+        self.root = root
+        with open(os.path.join(root, "meta", "info.json")) as f:
+            self.info = json.load(f)
+        version = self.info["codebase_version"]
+        self.old, self.fps = version.startswith("v2"), float(self.info["fps"])
+        if not self.fps > 0:
+            raise ValueError("fps is not above 0")
+        if not self.old and not version.startswith("v3"):
+            raise UserError(f"--data {root}: LeRobot {version}; v2.x and v3.0 can be read")
+        features = self.info["features"]
+        self.cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
+        self.dims = int(np.prod(features.get("action", {"shape": [0]})["shape"]))
+
+    def place(self, pattern, **names):
+        """The file that a pattern of info.json stands for"""
+        return os.path.join(self.root, self.info[pattern].format(**names))
+
+    def rows(self, camera, split=None):
+        """A Row an episode, by number: all, or those of a split, which info.json gives as FIRST:END"""
+        rows = sorted(self.rows_v2(camera) if self.old else self.rows_v3(camera))
+        if not split:
+            return rows
+        splits = self.info["splits"]
+        if split not in splits:
+            raise UserError(f"--data {self.root}: @split={split}: there are {', '.join(splits)}")
+        first, end = map(int, splits[split].split(":"))
+        return [row for row in rows if first <= row.episode < end]
+
+    def rows_v2(self, camera):
+        """A file lists them; where their videos are follows from their numbers."""
+        with open(os.path.join(self.root, "meta", "episodes.jsonl")) as f:
+            for row in map(json.loads, f):
+                e = row["episode_index"]
+                chunk = e // self.info.get("chunks_size", 1000)
+                names = dict(video_key=camera, episode_index=e, episode_chunk=chunk)
+                files = [self.place(pattern, **names) for pattern in ("data_path", "video_path")]
+                yield Row(e, int(row["length"]), 0.0, *files)
+
+    def rows_v3(self, camera):
+        """Tables list them, with the numbers of their files."""
+        video = f"videos/{camera}/"
+        columns = [prefix + k for prefix in ("data/", video) for k in ("chunk_index", "file_index")]
+        columns += [video + "from_timestamp", "episode_index", "length"]
+        meta = glob.escape(os.path.join(self.root, "meta"))
+        for file in glob.glob(os.path.join(meta, "episodes", "**", "*.parquet"), recursive=True):
+            table = optional("pyarrow.parquet").read_table(file, columns=columns, use_threads=False)
+            for row in table.to_pylist():
+                files = [self.place(pattern, video_key=camera, chunk_index=row[prefix + "chunk_index"],
+                                    file_index=row[prefix + "file_index"])
+                         for pattern, prefix in (("data_path", "data/"), ("video_path", video))]
+                yield Row(row["episode_index"], row["length"], row[video + "from_timestamp"], *files)
+
+    def locate(self, row, video):
+        """The frame of an indexed video that an episode starts at. Raises UserError where they do not fit."""
+        if "error" in video:
+            raise UserError(video["error"])
+        times = frame_times(video)
+        seconds = (times - times[0]) * video["base"]            # (n,)
+        first = int(np.abs(seconds - row.at).argmin())
+        off = abs(seconds[first] - row.at) > 0.5 / self.fps
+        if off or first + row.n > video["n"] or self.old and row.n != video["n"]:
+            raise UserError(f"its {video['n']} frames are not those of episode {row.episode}")
+        if video["n"] > 1 and abs(video["fps"] / self.fps - 1) > 0.1:
+            raise UserError(f"has {video['fps']:g} frames a second, info.json says {self.fps:g}")
+        if self.dims and not os.path.exists(row.table):
+            raise UserError(f"{row.table} is missing")
+        return first
+
+
+# the index of a folder --------------------------------------------------------------------------------------
 
 
 def index(root, files, inspect):
-    """{file: what `inspect` says, or {"error": why it cannot}}, kept beside the source (or in `out`, where that cannot be written)
-    and renewed for files whose size or time of change differs; other processes wait for the one that makes it."""
-    folder = base = os.path.abspath(root) if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
-    name = f".cola-index-{inspect.__name__}.json"
+    """{file: what `inspect` says of it, or {"error": why it cannot}}
+
+    It is kept beside the source (in `out`, where that cannot be written) under the name of `inspect`, and is
+    renewed for files whose size or time of change differs. Other processes wait for the one that makes it.
+    """
+    base = os.path.abspath(root) if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
+    folder, name = base, f".cola-index-{inspect.__name__}.json"
     if not os.access(folder, os.W_OK):
-        folder, name = "out", f"{name}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+        folder, name = "out", f"{name}-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
         os.makedirs(folder, exist_ok=True)
-    path, lock = os.path.join(folder, name), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            with open(path) as f:
-                known = {k: v for k, v in json.load(f).items() if "stamp" in v}
-        except (OSError, ValueError, AttributeError, TypeError):
-            known = {}
-
-        def stamp(file):
-            side = side_file(file)
-            return [[s.st_size, s.st_mtime_ns] for s in map(os.stat, filter(os.path.exists, [file] + [side] * bool(side)))]
-
-        def look(file):
-            try:
-                return inspect(file)
-            except MissingPackage:
-                raise
-            except Exception as error:                          # whatever the reader raises on a bad file
-                return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
-
-        keys = {file: os.path.relpath(file, base) for file in files}
+    path = os.path.join(folder, name)
+    keys = {file: os.path.relpath(file, base) for file in files}
+    with locked(folder):
+        known = read_index(path)
         stamps = {file: stamp(file) for file in files}
         fresh = [file for file in files if known.get(keys[file], {}).get("stamp") != stamps[file]]
+        title = f"index of {os.path.basename(os.path.abspath(root))}"
+        hidden = True if len(fresh) < 20 else None              # None: unless on a terminal
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = tqdm(pool.map(look, fresh), f"index of {os.path.basename(os.path.abspath(root))}", len(fresh), disable=True if len(fresh) < 20 else None, leave=False)
-            for file, info in zip(fresh, bar):
+            infos = pool.map(lambda file: attempt(inspect, file), fresh)
+            for file, info in zip(fresh, tqdm(infos, title, len(fresh), disable=hidden, leave=False)):
                 known[keys[file]] = info | {"stamp": stamps[file]}
         if fresh:
-            with open(path + ".part", "w") as f:
+            with whole(path) as part, open(part, "w") as f:
                 json.dump(known, f)
-            os.replace(path + ".part", path)
+    return {file: known[keys[file]] for file in files}
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One process at a time."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(lock)
-    return {file: known[keys[file]] for file in files}
+
+
+def read_index(path):
+    """What an index file holds; nothing, where it is not there or damaged: it can be made again"""
+    try:
+        with open(path) as f:
+            return {key: info for key, info in json.load(f).items() if "stamp" in info}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def stamp(file):
+    """Size and time of change of a file, and of the actions beside it"""
+    there = [os.stat(f) for f in (file, side_file(file)) if f and os.path.exists(f)]
+    return [[s.st_size, s.st_mtime_ns] for s in there]
+
+
+def attempt(inspect, file):
+    try:
+        return inspect(file)
+    except Exception as error:              # whatever a reader raises on a bad file
+        return {"error": (str(error).splitlines() or [type(error).__name__])[0]}

@@ -1,0 +1,373 @@
+"""One source of files, a folder or a single file: its episodes, and clips from them.
+
+Plain videos, HDF5 in robomimic's layout and LeRobot data all come down to a list of `Episode`. What cannot be
+used is skipped and counted, with the reason; a file that goes bad later costs its clips, not the run.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, frame_times, index, inspect_hdf5,
+                     inspect_video, optional, read_side, read_video, side_file, speaks)
+
+TOLD = set()                # sources whose skipped files were listed
+KEPT = {}                   # decoded episodes of small sources
+MEMORY = 2 ** 30            # bytes: a source that takes less than a quarter of it, decoded and resized, stays
+
+
+@dataclass
+class Episode:
+    file: str               # a video, or HDF5
+    info: dict              # what the index says of the file: `n`, `fps`, `pts`, ...
+    first: int              # where the episode starts in the file
+    n: int                  # its frames
+    dims: int = 0           # of an action; 0: it has none
+    actions: tuple = None   # a file; and in it None, HDF5's data set of actions, or LeRobot's episode number
+    key: str = None         # HDF5: the data set of frames
+    low: int = 0            # only the frames low .. high-1 are used
+    high: int = None
+
+    def __post_init__(self):
+        self.high = self.n if self.high is None else self.high
+
+    @property
+    def name(self):
+        return f"{self.file}:{self.key}" if self.key else self.file
+
+    def times(self):
+        """Seconds (high - low,) of the frames that are used"""
+        return frame_times(self.info)[self.first + self.low:self.first + self.high] * self.info["base"]
+
+    def read_frames(self, wanted, fit):
+        """Frames (t, ...), stacked, of increasing numbers (t,), each put through `fit`"""
+        if not self.key:
+            return np.stack(read_video(self.file, self.info, self.first + wanted, fit=fit))
+        with optional("h5py").File(self.file) as f:
+            return np.stack([fit(f[self.key][i]) for i in wanted])
+
+    def read_actions(self):
+        """(n or n-1, dims) float32: action t leads from frame t to t+1. UserError where they do not fit."""
+        file, where = self.actions
+        if where is None:
+            actions = read_side(file)
+        elif self.key:
+            with optional("h5py").File(file) as f:
+                actions = f[where][()].astype(np.float32)
+        else:
+            table = optional("pyarrow.parquet").read_table(
+                file, columns=["action"], filters=[("episode_index", "=", where)], use_threads=False)
+            actions = np.asarray(table["action"].to_pylist(), np.float32).reshape(len(table), -1)
+        fits = len(actions) in (self.n - 1, self.n) and actions.shape[1:] == (self.dims,)
+        if not fits or not np.isfinite(actions).all():
+            raise UserError(f"{file}: actions {actions.shape} for the {self.n} frames of an episode, "
+                            "or not all of them finite")
+        return actions
+
+
+# from a folder to its episodes ------------------------------------------------------------------------------
+
+
+def find_episodes(path, camera=None, split=None):
+    """The episodes in a folder or file.
+
+    Args:
+        camera: which one, where there are several. split: one of the source's own.
+
+    Returns:
+        kind ("video", "HDF5" or "LeRobot"); list of Episode; {file or file:episode: why it is skipped}.
+
+    Raises:
+        UserError: nothing there, no such camera or split, broken metadata, a package that is missing.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"--data {path}: no such file or folder")
+    if os.path.isfile(os.path.join(path, "meta", "info.json")):
+        return "LeRobot", *lerobot_episodes(path, camera, split)
+    single = os.path.isfile(path)
+    files = [path] if single else sorted(files_in(path))
+    hdf5 = [file for file in files if file.lower().endswith(HDF5_ENDINGS)]
+    if hdf5:
+        return "HDF5", *hdf5_episodes(path, hdf5, camera, split)
+    if split or camera:
+        raise UserError(f"--data {path}: plain videos have no @split and no @camera")
+    videos = files if single else [file for file in files if file.lower().endswith(VIDEO_ENDINGS)]
+    if not videos:
+        kinds = f"no video ({' '.join(VIDEO_ENDINGS)}), HDF5 or LeRobot data"
+        raise UserError(f"--data {path}: {kinds} in this folder")
+    return "video", *video_episodes(path, videos)
+
+
+def files_in(path):
+    """Files in a folder and its subfolders, links followed once; nothing hidden."""
+    seen = {os.path.realpath(path)}
+    for folder, inner, names in os.walk(path, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if name[0] != "."}
+        inner[:] = [name for name in sorted(real) if real[name] not in seen]    # where os.walk goes next
+        seen |= set(real.values())
+        yield from (os.path.join(folder, name) for name in names if name[0] != ".")
+
+
+def choose_camera(path, cameras, wanted):
+    """The camera that is wanted, or the only one. UserError: there is no such camera, or a choice to make."""
+    if wanted in cameras:
+        return wanted
+    if len(cameras) == 1 and not wanted:
+        return next(iter(cameras))
+    if not cameras:
+        raise UserError(f"--data {path}: no camera in it")
+    raise UserError(f"--data {path}: which of its cameras? @camera={' or @camera='.join(cameras)}")
+
+
+def video_episodes(path, files):
+    """Each file an episode: list of Episode, and {file: why it is skipped}"""
+    episodes, skipped = [], {}
+    for file, info in index(path, files, inspect_video).items():
+        if "error" in info:
+            skipped[file] = info["error"]
+        elif not info["actions"]:
+            episodes.append(Episode(file, info, 0, info["n"]))
+        else:
+            rows, dims = info["actions"]
+            if rows in (info["n"] - 1, info["n"]):
+                episodes.append(Episode(file, info, 0, info["n"], dims, (side_file(file), None)))
+            else:
+                skipped[file] = f"{rows} actions beside {info['n']} frames"
+    return episodes, skipped
+
+
+def hdf5_episodes(path, files, camera, split):
+    """Each demonstration an episode: list of Episode, and {file or file:demo: why it is skipped}"""
+    optional("h5py")        # where it is missing, no file is at fault
+    episodes, skipped = [], {}
+    for file, found in index(path, files, inspect_hdf5).items():
+        if "error" in found:
+            skipped[file] = found["error"]
+            continue
+        if split and split not in found["splits"]:
+            there = ", ".join(found["splits"]) or "none"
+            raise UserError(f"--data {path}: @split={split}: {file} has {there}")
+        for name, demo in found["demos"].items():
+            if split and name not in found["splits"][split]:
+                continue
+            if not demo["cameras"]:
+                skipped[f"{file}:{name}"] = "no uint8 images (n, h, w, 3) under obs"
+                continue
+            view = choose_camera(path, demo["cameras"], camera)
+            n, shape, fps = demo["cameras"][view], demo["actions"], demo["fps"]
+            if shape and (len(shape) != 2 or shape[0] not in (n - 1, n)):
+                skipped[f"{file}:{name}"] = f"actions of shape {tuple(shape)} beside {n} frames"
+                continue
+            info = {"n": n, "fps": fps, "pts": [0, 1], "regular": True, "base": 1 / fps, "hw": demo["hw"]}
+            dims = shape[1] if shape else 0
+            actions, images = f"data/{name}/actions", f"data/{name}/obs/{view}"
+            episodes.append(Episode(file, info, 0, n, dims, (file, actions), images))
+    return episodes, skipped
+
+
+def lerobot_episodes(path, camera, split):
+    """What the metadata list: list of Episode, and {video:number: why it is skipped}"""
+    optional("pyarrow.parquet")
+    try:
+        meta = LeRobot(path)
+        rows = meta.rows(choose_camera(path, meta.cameras, camera), split)
+    except UserError:
+        raise
+    except Exception as error:              # whatever broken metadata make the readers raise
+        why = f"--data {path}: its LeRobot metadata cannot be read ({type(error).__name__}: {error})"
+        raise UserError(why.splitlines()[0]) from None
+    videos = index(path, sorted({row.video for row in rows if os.path.exists(row.video)}), inspect_video)
+    episodes, skipped = [], {}
+    for row in rows:
+        video = videos.get(row.video, {"error": "no such file"})
+        try:
+            first = meta.locate(row, video)
+        except UserError as error:
+            skipped[f"{row.video}:{row.episode}"] = str(error)
+            continue
+        info = video | {"fps": meta.fps}
+        episodes.append(Episode(row.video, info, first, row.n, meta.dims, (row.table, row.episode)))
+    return episodes, skipped
+
+
+def part_of(episodes, split):
+    """The last tenth of the episodes, at least one, is held out; of a single one, its second half."""
+    if split == "all":
+        return episodes
+    if len(episodes) == 1:
+        half = episodes[0].n // 2
+        low, high = (0, half) if split == "train" else (half, episodes[0].n)
+        return [replace(episodes[0], low=low, high=high)]
+    held = max(1, len(episodes) // 10)
+    return episodes[:-held] if split == "train" else episodes[-held:]
+
+
+# clips ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    """How clips are taken from a source: what follows its path as @NAME=VALUE."""
+    fps: float = 0          # frames a second of a clip; 0: every `stride`-th frame of the file
+    stride: int = 1
+    camera: str = None
+    flip: str = None        # vertical, horizontal or 180
+    split: str = None       # one of the source's own
+    actions: str = "sum"    # of the frames that are skipped: the sum, or the last
+
+    @classmethod
+    def read(cls, path, given):
+        """From {name: text}. Raises UserError for what makes no sense."""
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                there = " @".join(names)
+                raise UserError(f"--data {path}: no option @{name}; there are @{there}")
+        try:
+            fps, stride = float(given.get("fps", 0)), int(given.get("stride", 1))
+        except ValueError:
+            fps = stride = 0                                    # refused just below
+        if stride < 1 or "fps" in given and not fps > 0 or {"fps", "stride"} <= set(given):
+            raise UserError(f"--data {path}: @fps takes a number above 0, @stride a whole one; "
+                            "only one of them")
+        for name, choices in (("flip", ("vertical", "horizontal", "180")), ("actions", ("sum", "last"))):
+            if name in given and given[name] not in choices:
+                raise UserError(f"--data {path}: @{name}={given[name]}: choose from {', '.join(choices)}")
+        return cls(**{**given, "fps": fps, "stride": stride})
+
+
+class Episodes(Dataset):
+    """Clips from anywhere in the episodes of one source; frames are cropped to the centre square and resized.
+
+    Args:
+        path: a file or folder. size: pixels of a square frame. frames: of a clip.
+        split: "train" or "heldout", see `part_of`; or "all".
+        options: {name: text}, see `Options`.
+
+    Raises:
+        UserError: nothing there, an option that makes no sense, or no clip long enough.
+    """
+
+    def __init__(self, path, size, frames, seed=0, split="train", options={}):
+        self.path, self.size, self.frames, self.seed = path, size, frames, (seed, split == "heldout")
+        self.options = Options.read(path, options)
+        self.kind, found, self.skipped = find_episodes(path, self.options.camera, self.options.split)
+        self.failed = {}                                        # files that went bad later, and how often
+        every = len(found) + len(self.skipped)
+        self.episodes, starts = [], []
+        for e in part_of(found, split):
+            n = self.starts_in(e)
+            if n > 0:
+                self.episodes.append(e)
+                starts.append(n)
+            else:
+                half = " for this half" if e.high - e.low < e.n else ""
+                self.skipped[e.name] = f"{e.high - e.low} frames{half}, too short for a clip"
+        if not self.episodes:
+            why = next((f": {name}: {why}" for name, why in self.skipped.items()), "")
+            raise UserError(f"--data {path}: no {split} clip of {frames} frames{why}")
+        if split != "heldout":
+            self.tell_skipped(every)
+        self.ends = np.cumsum(starts)                           # the clips of all episodes, counted through
+        pixels = sum(e.n for e in self.episodes) * size * size
+        self.kept = 3 * pixels < MEMORY // 4                    # decoded episodes stay in memory
+        self.quick = self.kept                                  # to take clips from: see `loader`
+        dims = {e.dims for e in self.episodes}
+        self.labelled = len(dims) == 1 and dims != {0}          # true actions are known
+
+    def tell_skipped(self, every):
+        """Say once what is wrong with the files that are skipped."""
+        if not self.skipped or self.path in TOLD or not speaks():
+            return
+        TOLD.add(self.path)
+        some = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:5])
+        more = "; ..." if len(self.skipped) > 5 else ""
+        print(f"data: {self.path}: skips {len(self.skipped)} of {every}: {some}{more}", file=sys.stderr)
+
+    def starts_in(self, e):
+        """At how many frames of an episode a clip may start. UserError: the file has too few a second."""
+        rate = self.options.fps
+        if not rate:
+            return e.high - e.low - self.options.stride * (self.frames - 1)
+        if rate > e.info["fps"] * 1.01:
+            file_rate = f"{e.file} has {e.info['fps']:g} frames a second"
+            raise UserError(f"--data {self.path}: @fps={rate:g}, but {file_rate}")
+        times = e.times()
+        if len(times) == 0:
+            return 0
+        return int(np.searchsorted(times, times[-1] - (self.frames - 1) / rate + 1e-4, side="right"))
+
+    def frames_from(self, e, start):
+        """The frames of an episode (t,) that make the clip which starts at its start-th frame in use"""
+        if not self.options.fps:
+            return e.low + start + self.options.stride * np.arange(self.frames)
+        times = e.times()
+        ideal = times[start] + np.arange(self.frames) / self.options.fps
+        return e.low + np.abs(times[:, None] - ideal).argmin(0)                 # the nearest ones
+
+    def clip(self, e, start):
+        """The clip that starts there: frames (t, size, size, 3) uint8; actions (t-1, a) float32, or None"""
+        wanted = self.frames_from(e, start)
+        if self.kept:
+            key = (e.file, e.key, e.first, self.size, self.options.flip)
+            if key not in KEPT:
+                KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
+            images = KEPT[key][wanted]
+        else:
+            images = e.read_frames(wanted, self.fit)
+        actions = self.actions_between(e, wanted) if self.labelled else None
+        return images, actions
+
+    def actions_between(self, e, wanted):
+        """The actions (t-1, a) that lead from each of the wanted frames to the next"""
+        every = e.read_actions()                                # action i leads from frame i to i+1
+        steps = list(zip(wanted[:-1], wanted[1:]))
+        if self.options.actions == "last":
+            return np.stack([every[max(b - 1, 0)] for a, b in steps])
+        return np.stack([every[a:b].sum(0) for a, b in steps])
+
+    def fit(self, image):
+        """An image (h, w, 3) as the clips have it: flipped, its centre square, resized"""
+        if self.options.flip in ("vertical", "180"):
+            image = image[::-1]
+        if self.options.flip in ("horizontal", "180"):
+            image = image[:, ::-1]
+        h, w = image.shape[:2]
+        side = min(h, w)
+        square = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
+        image = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(image.resize((self.size, self.size), Image.Resampling.LANCZOS, square))
+
+    def __getitem__(self, indices):
+        video, actions, fps = zip(*[self.clip_number(int(i)) for i in indices])
+        batch = {"video": torch.from_numpy(np.stack(video)), "fps": torch.tensor(fps, dtype=torch.float32),
+                 "source": torch.zeros(len(video), dtype=torch.long)}
+        if self.labelled:
+            batch["actions"] = torch.from_numpy(np.stack(actions))
+        return batch
+
+    def clip_number(self, i):
+        """Clip i, always the same: frames, actions, frames a second"""
+        rng = np.random.default_rng((*self.seed, i))
+        for _ in range(20):                                     # a file that has gone bad does not stop a run
+            at = rng.integers(self.ends[-1])
+            k = int(np.searchsorted(self.ends, at, side="right"))
+            e, before = self.episodes[k], self.ends[k - 1] if k else 0
+            try:
+                frames, actions = self.clip(e, int(at - before))
+            except Exception as error:                          # whatever the reader raises
+                self.tell_failed(e.file, error)
+            else:
+                return frames, actions, self.options.fps or e.info["fps"] / self.options.stride
+        raise UserError(f"--data {self.path}: 20 clips in a row cannot be read any more")
+
+    def tell_failed(self, file, error):
+        if file not in self.failed:
+            why = (str(error).splitlines() or [""])[0]
+            print(f"data: {file} cannot be read any more, other clips are drawn ({why})", file=sys.stderr)
+        self.failed[file] = self.failed.get(file, 0) + 1
