@@ -70,9 +70,6 @@ def newest(out):
     raise UserError(f"--resume {out}: no checkpoint to go on from")
 
 
-# a World from a checkpoint ---------------------------------------------------------------------------
-
-
 def lam_config(fields):
     """LAMConfig from a checkpoint's dict. Earlier versions had two more fields, which `odd` decides now."""
     fields = dict(fields)
@@ -103,9 +100,6 @@ def load_world(path, device="cpu", vae_weights=None):
     return restore(load_checkpoint(path), vae_weights).to(device).eval()
 
 
-# a World from settings -------------------------------------------------------------------------------
-
-
 def open_vae(path):
     try:
         return load_opensora_vae(path)
@@ -127,10 +121,7 @@ def load_generator(path, **action):
             body = {name: w for name, w in state["dit"].items() if not name.startswith("action.")}
             dit.load_state_dict(dit.state_dict() | body)
             return dit
-    try:
-        return load_opensora(path, **action)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(error) from None
+    return load_opensora(path, **action)
 
 
 def build_lam(cfg):
@@ -172,7 +163,7 @@ def build(cfg, absent=()):
         world.cfg = FlowConfig(**sizes(cfg, "flow"), window=window)
         for t in (cfg.frames, cfg.eval_frames):
             world.check_frames(t)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(error) from None
     return world
 
@@ -196,14 +187,8 @@ def build_parts(cfg, absent):
     return World(lam, dit, vae)
 
 
-# latents of clips ------------------------------------------------------------------------------------
-
-
 class LatentCache:
-    """Latents of clips on disk, one file a clip, named by a hash of its pixels, of the VAE's weights and
-    of the
-    precision: whatever changes, a stale latent is never found.
-    """
+    """Latents of clips on disk, a file each, named by a hash of pixels, VAE and precision: none is stale."""
 
     def __init__(self, vae, folder):
         self.vae, self.folder, self.key = vae, folder, hashlib.blake2b()

@@ -31,7 +31,8 @@ def setting(default, help, least=0, below=float("inf"), choices=None, size=None,
 class Config:
     # the run
     name: str = setting("toy", "all is written to out/NAME; an older run there is moved aside", changes=True)
-    preset: str = setting("tiny", "tiny (a laptop's CPU), small (one GPU) or opensora (the paper)")
+    preset: str = setting("tiny", "tiny (a laptop's CPU), small (one GPU) or opensora (the paper)",
+                          choices=("tiny", "small", "opensora"))
     mode: str = setting("joint", "joint: the generator is the forward model; two-stage: first LAM with "
                                  "FDM, then the generator on the frozen LAM; pretrain: the generator "
                                  "alone, without actions; adapt: to the real actions of --data, from "
@@ -190,11 +191,12 @@ class Phase:
     name: str
     steps: int
     trains: tuple                       # groups of parameters: lam, fdm, action, body, adapter
-    loss: str                           # a key of train.LOSSES
+    loss: str                           # a key of train.LOSSES: flow, pixels or codes
     data: str
     batch: int                          # clips a step, over all ranks
     crop: float                         # smallest side of the random crop; 1 where the LAM is frozen
     codes: bool = True                  # latent actions are inferred
+    real: bool = False                  # some clips are driven by real actions (--real_share)
     dreams: bool = True                 # the generator listens to them, so it can be asked to dream
     causal: bool = True                 # temporal attention of the generator
     # the learning-rate schedule, which phases of one training share
@@ -227,8 +229,8 @@ def phases(cfg):
 
     web = "web" if cfg.data in TOY else cfg.data
     together = ("action", "body") if cfg.freeze_lam else ("lam", "action", "body")
-    pretrain = phase("pretrain", cfg.pretrain, ("body",), "flow without actions", data=web, crop=cfg.crop,
-                     codes=False, dreams=False, causal=cfg.causal)
+    pretrain = phase("pretrain", cfg.pretrain, ("body",), data=web, crop=cfg.crop, codes=False, dreams=False,
+                     causal=cfg.causal)
     schedules = {
         "pretrain": [],
         "two-stage": [[phase("lam", cfg.lam_steps, ("lam", "fdm"), "pixels", dreams=False)],
@@ -236,7 +238,7 @@ def phases(cfg):
         "joint": [[phase("warmup", cfg.warmup, ("lam", "action")), phase("e2e", cfg.e2e, together)]],
         "adapt": [[phase("adapter", cfg.adapter_steps, ("adapter",), "codes", batch=4 * cfg.batch,
                          dreams=False)],
-                  [phase("adapt", cfg.adapt_steps, ("action", "body"), "flow with real actions")]],
+                  [phase("adapt", cfg.adapt_steps, ("action", "body"), real=True)]],
     }[cfg.mode]
     if cfg.mode == "pretrain" or cfg.dit_weights == cfg.init == "none":
         schedules = [[pretrain]] + schedules
@@ -251,38 +253,25 @@ def phases(cfg):
 # the command line ------------------------------------------------------------------------------------
 
 
-def typed(f, text):
-    """The value of a setting from its text. ValueError or KeyError if it is none."""
-    if f.type is not bool:
-        return f.type(text)
-    return {"1": True, "0": False, "true": True, "false": False}[text.lower()]
+def boolean(text):
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise ValueError
+    return text.lower() in ("1", "true")
 
 
 def parse(argv):
-    """Config from the command line: the values of the preset, or of the run to resume, and over them what
-    was given.
-
-    A mistake ends the program with one line.
-    """
+    """Config from the command line: what was given, over the values of the preset or of the run to resume."""
     parser = Parser(__doc__)
     for f in fields(Config):
-        shape = {bool: {"nargs": "?", "const": "1"}}.get(f.type, {})
+        options = {"type": f.type, "choices": f.metadata["choices"], "metavar": f.type.__name__.upper()}
+        if f.type is bool:
+            options |= {"type": boolean, "nargs": "?", "const": True}
         if f.name == "data":
-            shape = {"nargs": "+"}
-        text = f"{f.metadata['help']} (tiny: {f.default})"
-        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), help=text, **shape)
+            options["nargs"] = "+"
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (tiny: {f.default})", **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if "data" in given:
         given["data"] = shlex.join(given["data"])
-    for f in fields(Config):
-        if f.name in given:
-            try:
-                given[f.name] = typed(f, given[f.name])
-            except (ValueError, KeyError):
-                kind = "0 or 1" if f.type is bool else "a number"
-                parser.error(f"--{f.name} {given[f.name]}: not {kind}")
-    if given.get("preset", "tiny") not in PRESETS:
-        parser.error(f"--preset {given['preset']}: choose from {', '.join(PRESETS)}")
     base = PRESETS[given.get("preset", "tiny")]
     if given.get("mode") == "adapt":
         base = base | {"batch": 16}             # the paper's (appendix C.2)
@@ -331,10 +320,7 @@ def resumed(parser, given):
 def check(parser, cfg, base):
     """End the program with one line if settings do not make sense, alone or together. base: the preset's"""
     for f in fields(Config):
-        value, choices = getattr(cfg, f.name), f.metadata["choices"]
-        least, below = f.metadata["least"], f.metadata["below"]
-        if choices and value not in choices:
-            parser.error(f"--{f.name} {value}: choose from {', '.join(choices)}")
+        value, least, below = getattr(cfg, f.name), f.metadata["least"], f.metadata["below"]
         if f.type in (int, float) and not value >= least:
             parser.error(f"--{f.name} {value}: must be at least {least}")
         if f.type in (int, float) and not value < below:
@@ -343,7 +329,11 @@ def check(parser, cfg, base):
         parser.error(f"--hidden {cfg.hidden}: must be a multiple of 4 and of 2 x --heads, {2 * cfg.heads}")
     if cfg.lam_width % (4 if cfg.lam_width < 128 else 64):
         parser.error(f"--lam_width {cfg.lam_width}: must be a multiple of 64, or of 4 below 128")
-    if not is_shift(cfg.time_shift):
+    try:
+        shifts = cfg.time_shift in ("auto", "none") or float(cfg.time_shift) > 0
+    except ValueError:
+        shifts = False
+    if not shifts:
         parser.error(f"--time_shift {cfg.time_shift}: auto, none, or a number above 0")
     if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
         parser.error(f"--device {cfg.device}: there is none here")
@@ -364,12 +354,3 @@ def check(parser, cfg, base):
     if cfg.latent_cache != "none" and not cacheable:
         parser.error(f"--latent_cache {cfg.latent_cache}: needs --vae_weights, and --crop 1 as every crop "
                      "has other latents")
-
-
-def is_shift(text):
-    if text in ("auto", "none"):
-        return True
-    try:
-        return float(text) > 0
-    except ValueError:
-        return False

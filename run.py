@@ -123,14 +123,15 @@ class Run:
         """Lines of the log up to the checkpoint; what comes after will be written again."""
         if not os.path.exists(self.log):
             return []
-        with open(self.log) as f:
-            lines = [line for line in f if line.endswith("}\n")]        # the last one may be half-written
         kept = []
-        for line in lines:
-            row = json.loads(line)
-            again = row["event"] == "result" or (row["event"], row["step"]) == ("align", self.step)
-            if row["step"] <= self.step and not again:
-                kept.append(line)
+        with open(self.log) as f:
+            for line in f:
+                if not line.endswith("}\n"):    # the last one, half-written
+                    break
+                row = json.loads(line)
+                again = row["step"] == self.step and row["event"] in ("align", "result")
+                if row["step"] <= self.step and not again:
+                    kept.append(line)
         return kept
 
     def record(self, event, **numbers):

@@ -36,33 +36,23 @@ from run import Run, Stops, Watch, connect, describe, set_modes
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 
 
-# losses by the name that a phase gives -----------------------------------------------------------------
-# world: all of it; model: the part that computes the loss, which DDP may wrap; clip: a batch of clips;
-# video: the same, cropped, (b, 3, t, h, w) in [-1, 1]; draw: source of randomness; latents: the VAE's, if
-# they are at hand. Each returns the loss, and a dict of scalars and `indices` (b, t-1, k).
+# A phase's loss. model: the part of the world that computes it, which DDP may wrap; clip: a batch of clips;
+# video: the same, cropped, (b, 3, t, h, w) in [-1, 1]; draw: source of randomness; latents: the VAE's, if at
+# hand. Each returns the loss, and a dict of scalars and `indices` (b, t-1, k).
 
 
-def flow(world, model, clip, video, draw, latents):
+def flow(phase, world, model, clip, video, draw, latents):
     """The generator's loss, whose gradient also trains the LAM, and the VQ losses (`World.forward`)."""
-    return model(video, draw, clip["fps"].to(video.device), latents=latents)
+    real = clip["actions"].to(video.device) if phase.real else None
+    return model(video, draw, clip["fps"].to(video.device), phase.codes, latents, real)
 
 
-def flow_without_actions(world, model, clip, video, draw, latents):
-    return model(video, draw, clip["fps"].to(video.device), use_actions=False, latents=latents)
-
-
-def flow_with_real_actions(world, model, clip, video, draw, latents):
-    """Some clips are driven by what the adapter makes of their real actions (--real_share)."""
-    real = clip["actions"].to(video.device)
-    return model(video, draw, clip["fps"].to(video.device), latents=latents, real=real)
-
-
-def pixels(world, model, clip, video, draw, latents):
+def pixels(phase, world, model, clip, video, draw, latents):
     """The FDM's pixel loss and the VQ losses (`LAM.forward`): the baseline's first stage."""
     return model(video, draw)
 
 
-def codes(world, model, clip, video, draw, latents):
+def codes(phase, world, model, clip, video, draw, latents):
     """Cross-entropy of the codes that the adapter makes of real actions, against the inferred ones."""
     indices = world.lam.encode(video)[1]                                        # (b, t-1, k)
     logits = model(clip["actions"].to(video.device))                            # (b, t-1, k, num_codes)
@@ -71,14 +61,8 @@ def codes(world, model, clip, video, draw, latents):
     return loss, {"accuracy": accuracy, "indices": indices}
 
 
-# name: the part of the world that computes it, and the loss
-LOSSES = {
-    "flow": ("world", flow),
-    "flow without actions": ("world", flow_without_actions),
-    "flow with real actions": ("world", flow_with_real_actions),
-    "pixels": ("lam", pixels),
-    "codes": ("adapter", codes),
-}
+# name: the part of the world that computes it, and the function
+LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter", codes)}
 
 
 # before the loop ---------------------------------------------------------------------------------------
@@ -218,7 +202,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
                 with nullcontext() if last or process.ranks == 1 else model.no_sync():
                     with process.autocast():
                         latents = cache.encode(clip["video"], video) if cached else None
-                        loss, out = loss_of(world, model, clip, video, draw, latents)
+                        loss, out = loss_of(phase, world, model, clip, video, draw, latents)
                     (loss / parts).backward()
                 found.append({"loss": loss.detach(), **out})
             norm = torch.nn.utils.clip_grad_norm_(world.parameters(), MAX_NORM)
