@@ -4,12 +4,11 @@
     python reproduce.py fig2 --variant unstandardized --seeds 0 1 2     # under other conditions
     python reproduce.py causes --variant light-vq   # under all conditions whose names begin so, side by side
 
-A run or a measurement is made once, by the command that is printed, and shared by all figures that need it;
-what was stopped goes on. Seeds are independent: start one process a seed (OMP_NUM_THREADS=1), and one for all
-at the end; not two processes on one seed. Nothing that is there is made anew when the code changes: delete
-out/reproduce then. Output: a table on the terminal; in out/reproduce the numbers of every seed, as
-TARGET[-VARIANT][-kiloN][-seedN].json, and the picture of a figure. Training budgets are the paper's (section
-4), all by one factor, KILO or --kilo; those of pre-training and adaptation, COMMON and VARIANTS are ours.
+A run or a measurement is made once, by the command that is printed, when the first target asks for it; what
+was stopped goes on. Nothing is made anew when the code changes: delete out/reproduce then. There come the
+numbers of every seed, as TARGET[-VARIANT][-kiloN][-seedN].json, and the pictures. Seeds are independent:
+start one process a seed (OMP_NUM_THREADS=1), not two, and one for all at the end. Training budgets are the
+paper's (section 4) by one factor, KILO or --kilo; COMMON, VARIANTS, pre-training and adaptation are ours.
 """
 
 import json
@@ -22,10 +21,9 @@ import sys
 
 import numpy as np
 
-import figures
 from data import Parser, program
-from figures import ALIGN, CODEBOOK
-from formats import UserError, whole
+from figures import ALIGN, CODEBOOK, HERE, bars, curve, markdown, plot, rows_at
+from formats import UserError, optional, whole
 
 SEEDS = [0, 1, 2]
 KILO = {"tiny": 25, "small": 100}       # our steps for 1,000 steps of the paper
@@ -73,6 +71,8 @@ MEASURES = {
     "plan-bounds": "plan.py --samples 32 --random --oracle --seeds SEED",
 }
 ROBOTS = ("cross", "slide", "tank", "held-out")
+ADAPTED = {"LAM30K+WM30K": "two-stage-adapted@", "WARM8K+E2E30K": "joint-adapted@",
+           "naive 38K": "naive-adapted@"}
 
 
 def read(file):
@@ -109,8 +109,7 @@ class Lab:
         file = os.path.join(folder, f"ckpt-{self.steps(at):08d}.pt")
         if os.path.exists(file):
             return file
-        last = json.loads(read(os.path.join(folder, "metrics.jsonl")).splitlines()[-1])
-        if last["step"] != self.steps(at):
+        if self.log(run, seed)[-1]["step"] != self.steps(at):
             raise UserError(f"{file} is gone; delete {folder} and start again")
         return folder
 
@@ -122,9 +121,6 @@ class Lab:
             return self.checkpoint(word, seed)
         return str(seed) if word == "SEED" else word
 
-    def words(self, text, seed):
-        return [self.word(word, seed) for word in text.split()]
-
     def command(self, script, flags):
         """The command as one would type it, printed once a target"""
         command = shlex.join(["python", script, *flags])
@@ -134,16 +130,15 @@ class Lab:
         return command
 
     def execute(self, command, flags):
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), command.split()[1])
-        done = subprocess.run([sys.executable, script, *flags], stdout=subprocess.DEVNULL)
-        if done.returncode:
+        script = os.path.join(HERE, command.split()[1])
+        if subprocess.run([sys.executable, script, *flags], stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"this failed: {command}")
 
     def train(self, run, seed):
         """Train a run, and what it starts from, unless that is done; its recipe: its command, then theirs"""
         parents = [self.train(word.split("@")[0], seed) for word in RUNS[run].split() if "@" in word]
         out = self.folder(run, seed)
-        flags = self.words(f"{COMMON} {VARIANTS[self.variant]} {RUNS[run]}", seed)
+        flags = [self.word(w, seed) for w in f"{COMMON} {VARIANTS[self.variant]} {RUNS[run]}".split()]
         flags = ["--name", os.path.relpath(out, "out"), "--preset", self.preset, "--seed", str(seed), *flags]
         command = self.command("train.py", flags)
         recipe = "\n".join([command, *parents])
@@ -169,7 +164,7 @@ class Lab:
         """{row: {column: [value]}} of a checkpoint RUN@8K, unless that is done; of `transfer` the picture"""
         run, at = ckpt.split("@")
         trained = self.train(run, seed)
-        script, *flags = self.words(MEASURES[task], seed)
+        script, *flags = [self.word(w, seed) for w in MEASURES[task].split()]
         out = os.path.join(self.folder(run, seed), f"{task}-{at or 'last'}")
         flags = ["--ckpt", self.checkpoint(ckpt, seed), *flags, "--out", out]
         command = self.command(script, flags)
@@ -182,37 +177,40 @@ class Lab:
             return os.path.join(out, "samples", "transfer.gif")
         return json.loads(read(os.path.join(out, "results.json")))["tables"][task.split("-")[0]]
 
+    def log(self, run, seed):
+        """Lines of a run's log, as dicts; the run is trained unless that is done"""
+        self.train(run, seed)
+        with open(os.path.join(self.folder(run, seed), "metrics.jsonl")) as f:
+            return [json.loads(line) for line in f]
+
     def values(self, task, ckpt, row, columns):
         """{column: [value of each seed]} of a row of a measurement, without the columns that it has not"""
         found = [self.measure(task, ckpt, seed)[row] for seed in self.seeds]
         return {c: [v for f in found for v in f[c]] for c in columns if c in found[0]}
 
 
-# the paper's figures and tables: each returns its rows, and the pairs whose difference it is about -------
-
-
 def fig2(lab, out):
     """Codebook in joint training without warm-up, with random or trained IDM; both random; with warm-up"""
     naive, trained, random = "rand IDM + pre WM (naive)", "pre IDM + pre WM", "rand IDM + rand WM"
-    joint, level = "warm-up, then joint", "two-stage LAM"
+    joint, level, end = "warm-up, then joint", "two-stage LAM", lab.steps("30K")
     arms = {naive: "naive", trained: "naive-trained", random: "both-random", joint: "joint"}
-    curves = figures.curves(lab, arms, CODEBOOK, end=lab.steps("30K"))
-    rows = figures.rows_at(curves | {level: figures.curve(lab, "two-stage", CODEBOOK, phase="lam")})
-    nmi = figures.curve(lab, "two-stage", ["nmi"], ("align",))      # logged when the generator starts on it
-    rows[level] |= figures.rows_at({level: nmi})[level]
-    figures.plot(out + ".png", curves, CODEBOOK, {level: rows[level]})
+    curves = {arm: curve(lab, run, CODEBOOK, end=end) for arm, run in arms.items()}
+    rows = rows_at(curves | {level: curve(lab, "two-stage", CODEBOOK, end=end)})
+    nmi = curve(lab, "two-stage", ["nmi"], ("align",))              # logged when the generator starts on it
+    rows[level] |= rows_at({level: nmi})[level]
+    plot(out + ".png", curves, CODEBOOK, {level: rows[level]})
     return rows, [(naive, level), (trained, level), (joint, naive), (joint, trained), (random, naive)]
 
 
 def fig3(lab, out):
     """Codebook in joint training (12K) after warm-ups of several lengths, branches of one warm-up run"""
-    curves = {"pure warm-up": figures.curve(lab, "warmup", CODEBOOK),
-              "warm-up 0K": figures.curve(lab, "naive", CODEBOOK, end=lab.steps("12K"))}
+    curves = {"pure warm-up": curve(lab, "warmup", CODEBOOK),
+              "warm-up 0K": curve(lab, "naive", CODEBOOK, end=lab.steps("12K"))}
     for k in BRANCHES:
-        steps, values = figures.curve(lab, f"warmup-{k}", CODEBOOK)
+        steps, values = curve(lab, f"warmup-{k}", CODEBOOK)
         curves[f"warm-up {k}"] = steps + lab.steps(k), values
-    figures.plot(out + ".png", curves, CODEBOOK)
-    return figures.rows_at(curves), [(f"warm-up {k}", "warm-up 0K") for k in BRANCHES]
+    plot(out + ".png", curves, CODEBOOK)
+    return rows_at(curves), [(f"warm-up {k}", "warm-up 0K") for k in BRANCHES]
 
 
 def fig4a(lab, out):
@@ -223,17 +221,17 @@ def fig4a(lab, out):
         values = {c: np.transpose([f[c] for f in found]) for c in found[0]}                 # (seeds, steps)
         curves[arm] = np.array([lab.steps(k) for k in at]), values
     level = {"constant predictor": {"l1": curves["pure warm-up"][1]["l1_constant"][:, 0]}}
-    figures.plot(out + ".png", curves, {"l1": "probe L1, held-out robot"}, level)
-    return figures.rows_at(curves), [("warm-up + e2e", "pure warm-up")]
+    plot(out + ".png", curves, {"l1": "probe L1, held-out robot"}, level)
+    return rows_at(curves), [("warm-up + e2e", "pure warm-up")]
 
 
 def fig4b(lab, out):
     """Prediction while the LAM evolves or stays frozen after warm-up"""
     titles = {"psnr": "PSNR, inferred actions (dB)", "controllability": "controllability (dB)"}
     arms = {"LAM frozen after warm-up": "frozen", "warm-up + e2e": "joint"}
-    curves = figures.curves(lab, arms, titles, ("eval", "result"))
-    figures.plot(out + ".png", curves, titles)
-    return figures.rows_at(curves), [("warm-up + e2e", "LAM frozen after warm-up")]
+    curves = {arm: curve(lab, run, titles, ("eval", "result")) for arm, run in arms.items()}
+    plot(out + ".png", curves, titles)
+    return rows_at(curves), [("warm-up + e2e", "LAM frozen after warm-up")]
 
 
 def fig5(lab, out):
@@ -245,7 +243,7 @@ def fig5(lab, out):
         rows[f"{arm}, training"] = lab.values("codebook", base, "training", columns)
         rows[f"{arm}, inferred"] = lab.values("codebook", adapted, "inferred, held-out", columns)
         rows[f"{arm}, adapter"] = lab.values("codebook", adapted, "adapter, held-out", columns)
-    figures.bars(out + ".png", rows, arms, ("training", "inferred", "adapter"), columns)
+    bars(out + ".png", rows, arms, ("training", "inferred", "adapter"), columns)
     return rows, [("joint, adapter", "two-stage, adapter")]
 
 
@@ -279,10 +277,6 @@ def table2(lab, out):
     return rows, [(f"{s}: {a}", f"{s}: {b}") for s in ROBOTS for a, b in pairs]
 
 
-ADAPTED = {"LAM30K+WM30K": "two-stage-adapted@", "WARM8K+E2E30K": "joint-adapted@",
-           "naive 38K": "naive-adapted@"}
-
-
 def table3(lab, out):
     """Prediction by worlds adapted to the held-out robot, with inferred and with real actions (adapter)"""
     columns, kinds = ("psnr", "ssim", "code_accuracy"), {"GT-LAM": "inferred", "real action": "adapted"}
@@ -295,78 +289,58 @@ def table3(lab, out):
 
 def table4(lab, out):
     """Planning with worlds adapted to the held-out robot: success between random actions and the simulator"""
-    agents = {arm: ("plan", ckpt, "world", lab.seeds) for arm, ckpt in ADAPTED.items()}
-    for name, agent in {"random actions": "random", "true simulator": "oracle"}.items():
-        agents[f"{name}, one seed"] = "plan-bounds", "two-stage-adapted@", agent, lab.seeds[:1]
-    rows = {}
-    for arm, (task, ckpt, agent, seeds) in agents.items():
+    def success(task, ckpt, agent, seeds):
         found = [lab.measure(task, ckpt, seed) for seed in seeds]
-        rows[arm] = {g: [v for f in found for v in f[f"{g} {agent}"]["success"]] for g in ("reach", "push")}
-        rows[arm]["average"] = np.mean([rows[arm]["reach"], rows[arm]["push"]], 0).tolist()
+        row = {goal: [f[f"{goal} {agent}"]["success"][0] for f in found] for goal in ("reach", "push")}
+        return row | {"average": np.mean([row["reach"], row["push"]], 0).tolist()}
+
+    rows = {arm: success("plan", ckpt, "world", lab.seeds) for arm, ckpt in ADAPTED.items()}
+    for name, agent in (("random actions", "random"), ("true simulator", "oracle")):
+        rows[f"{name}, one seed"] = success("plan-bounds", "two-stage-adapted@", agent, lab.seeds[:1])
     return rows, [("WARM8K+E2E30K", "LAM30K+WM30K"), ("WARM8K+E2E30K", "naive 38K")]
 
 
 def warmup(lab, out):
     """How LAM and generator fit each other before, during and after warm-up, and without one"""
-    joint, naive = "warm-up, then joint", "no warm-up (naive)"
-    curves = figures.curves(lab, {joint: "joint", naive: "naive"}, ALIGN, end=lab.steps("38K"))
-    figures.plot(out + ".png", curves, ALIGN, mark=lab.steps("8K"))
-    rows = figures.rows_at(figures.curves(lab, {"before": "joint"}, ALIGN, ("align",), "warmup"))
+    arms = {"warm-up, then joint": "joint", "no warm-up (naive)": "naive"}
+    curves = {arm: curve(lab, run, ALIGN, end=lab.steps("38K")) for arm, run in arms.items()}
+    plot(out + ".png", curves, ALIGN, mark=lab.steps("8K"))
+    rows = rows_at({"before": curve(lab, "joint", ALIGN, ("align",), end=0)})
     for k in ("2K", "8K", "38K"):
-        rows |= {f"{arm}, after {k}": row for arm, row in figures.rows_at(curves, lab.steps(k)).items()}
-    return rows, [(f"{joint}, after {k}", f"{naive}, after {k}") for k in ("2K", "8K", "38K")]
+        rows |= {f"{arm}, after {k}": row for arm, row in rows_at(curves, lab.steps(k)).items()}
+    return rows, [[f"{arm}, after {k}" for arm in arms] for k in ("2K", "8K", "38K")]
 
 
 def causes(lab, out):
     """Codebook after 60K joint steps, with and without 24K of warm-up, one setting changed at a time"""
     rows, start = {}, lab.variant + "-"
-    settings = {v.removeprefix(start).replace("-", " "): v for v in VARIANTS if v.startswith(start)}
-    settings = {"as it is": lab.variant} | settings
+    settings = {"as it is": lab.variant}
+    settings |= {v.removeprefix(start).replace("-", " "): v for v in VARIANTS if v.startswith(start)}
     for setting, variant in settings.items():
         other = Lab(lab.preset, variant, lab.seeds, lab.kilo)
         other.commands = lab.commands
         arms = {f"naive, {setting}": "naive", f"warm-up, {setting}": "joint-24K"}
-        for run in arms.values():
-            for seed in lab.seeds:
-                other.train(run, seed)
-        rows |= figures.rows_at(figures.curves(other, arms, CODEBOOK))
-    figures.bars(out + ".png", rows, ("naive", "warm-up"), settings, ("max_usage", "nmi"))
+        rows |= rows_at({arm: curve(other, run, CODEBOOK) for arm, run in arms.items()})
+    bars(out + ".png", rows, ("naive", "warm-up"), settings, ("max_usage", "nmi"))
     return rows, [(f"warm-up, {s}", f"naive, {s}") for s in settings]
 
 
-# target: its runs, and what is made of them
-TARGETS = {
-    "fig2": (["naive", "naive-trained", "both-random", "joint", "two-stage"], fig2),
-    "fig3": (["naive", "warmup", "warmup-4K", "warmup-8K", "warmup-16K", "warmup-24K"], fig3),
-    "table2": (["two-stage", "two-stage-8K", "joint", "naive"], table2),
-    "fig4a": (["warmup", "joint"], fig4a),
-    "fig4b": (["frozen", "joint"], fig4b),
-    "warmup": (["joint", "naive"], warmup),
-    "table1": (["two-stage", "joint"], table1),
-    "table3": (["two-stage-adapted", "joint-adapted", "naive-adapted"], table3),
-    "fig5": (["two-stage-adapted", "joint-adapted"], fig5),
-    "fig6": ([], fig6),                 # of one seed
-    "table4": (["two-stage-adapted", "joint-adapted", "naive-adapted"], table4),
-    "causes": (["naive", "joint-24K"], causes),
-}
+SHOWN = fig2, fig3, table2, fig4a, fig4b, warmup, table1, table3, fig5, fig6, table4, causes
+TARGETS = {show.__name__: show for show in SHOWN}
 
 
 def make(target, lab):
-    """Train, measure and show one target"""
+    """Show a target, a function that returns its rows and the pairs of rows whose difference it is about"""
     lab.commands = []
-    runs, show = TARGETS[target]
-    for seed in lab.seeds:
-        for run in runs:
-            lab.train(run, seed)
     name = [target] + [part for part in lab.name.split("-") if part not in ("tiny", "main")]
     if lab.seeds != SEEDS:
         name += [f"seed{s}" for s in lab.seeds]
     out = os.path.join("out", "reproduce", "-".join(name))
-    rows, pairs = show(lab, out)
-    print(f"\n{target}: {show.__doc__}")
+    rows, pairs = TARGETS[target](lab, out)
+    print(f"\n{target}: {TARGETS[target].__doc__}")
     if rows:
         print(f"{len(lab.seeds)} seeds: mean ± standard deviation; differences paired by seed, p of a t-test")
-        print(figures.markdown(rows, pairs))
+        print(markdown(rows, pairs))
     made = {"target": target, "preset": lab.preset, "variant": lab.variant, "seeds": lab.seeds,
             "steps of 1K": lab.kilo, "commands": lab.commands, "rows": rows}
     with whole(out + ".json") as part, open(part, "w") as f:
@@ -385,7 +359,9 @@ def main(argv):
         parser.error(f"--kilo {args.kilo}: must be at least 1")
     targets = [t for t in TARGETS if t != "causes"] if args.target == "all" else [args.target]
     if not all(t.startswith("table") for t in targets):
-        figures.pyplot()                # or its complaint now, not after an hour of training
+        optional("matplotlib")          # or the complaint would come after an hour of training
+    if len(args.seeds) > 1:
+        optional("scipy")
     lab = Lab(args.preset, args.variant, args.seeds, args.kilo)
     for target in targets:
         make(target, lab)
