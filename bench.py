@@ -13,11 +13,9 @@ import os
 import platform
 import resource
 import statistics
-import tempfile
 import time
 from argparse import Namespace
 
-import av
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +26,7 @@ from checkpoint import build
 from config import PRESETS, Process, parse
 from data import Parser, program
 from flow import Draw, sample
-from formats import inspect_video, read_video, whole
+from formats import whole
 from lam import Adapter
 from transformer import KVCache
 
@@ -62,8 +60,7 @@ def training(world, cfg, batch, process):
     fps = torch.full((batch,), 24.0, device=device)
     latents = None
     if world.vae.time_stride > 1:               # as with --latent_cache
-        side = cfg.size // world.vae.pixel_stride
-        l = world.vae.latent_frames(cfg.frames)
+        l, side = world.vae.latent_frames(cfg.frames), cfg.size // world.vae.pixel_stride
         latents = torch.randn(batch, world.vae.channels, l, side, side, device=device)
 
     def step():
@@ -110,7 +107,7 @@ def frame_time(world, cfg, n, process):
         sample(world.dit, torch.cat([past, noise], 2), n, **settings)
 
     with process.autocast():
-        return seconds(cached, device, 7), seconds(plain, device, 3)
+        return {"cached": seconds(cached, device, 7), "plain": seconds(plain, device, 3)}
 
 
 @torch.no_grad()
@@ -131,35 +128,6 @@ def planning(world, cfg, samples, process, horizon=10, alone=5):
     return together, one_by_one / len(few) * samples
 
 
-def decoding(frames=3000, h=144, w=256, clip=8, draws=8):
-    """Clips a second drawn from a two-minute video, by seeking and from the start"""
-    rng, cpu = np.random.default_rng(0), torch.device("cpu")
-    picture = rng.integers(0, 255, (h // 4, w // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    starts = np.random.default_rng(1).integers(0, frames - clip, draws)
-    with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "film.mp4")
-        with av.open(file, "w") as container:
-            stream = container.add_stream("libx264", rate=25)
-            stream.height, stream.width = h, w
-            for i in range(frames):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(picture, 3 * i, 1))))
-            container.mux(stream.encode(None))
-        info = inspect_video(file)
-
-        def read(seek):
-            for start in starts:
-                read_video(file, info, start + np.arange(clip), seek)
-
-        return draws / seconds(lambda: read(True), cpu, 2), draws / seconds(lambda: read(False), cpu, 1)
-
-
-def peak_memory(process):
-    """Bytes: of the GPU since its count was reset, else of the process since it began"""
-    if process.cuda:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(preset, args, process, rate, bar):
     """Numbers of a preset: a dict"""
     flags = [f"--preset={preset}", *(f"--{setting}" for setting in args.set)]
@@ -170,14 +138,13 @@ def measure(preset, args, process, rate, bar):
     if process.cuda:
         torch.cuda.reset_peak_memory_stats()
     took, flops = training(world, cfg, batch, process)
-    peak = peak_memory(process)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024            # bytes, of the whole process
+    if process.cuda:
+        peak = torch.cuda.max_memory_allocated()
     bar.update()
     side = cfg.size // world.vae.pixel_stride // world.dit.cfg.patch
     patches = side ** 2 * world.vae.latent_frames(cfg.frames)
-    frames = {}
-    for n in (2, 4, 8, 16):
-        cached, plain = frame_time(world, cfg, n, process)
-        frames[n] = {"cached": cached, "plain": plain}
+    frames = {n: frame_time(world, cfg, n, process) for n in (2, 4, 8, 16)}
     bar.update()
     numbers = {
         "preset": preset, "batch": batch, "step_seconds": took, "step_gflop": flops / 1e9,
@@ -215,8 +182,7 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--preset", nargs="+", default=["tiny"], choices=PRESETS)
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE",
-        help="settings of train.py over the preset, such as hidden=384")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py, such as hidden=384")
     add("--batch", type=int, help="clips a training step (the preset's)")
     add("--samples", type=int, default=200, help="candidates of a plan")
     add("--compile", action="store_true", help="torch.compile the DiT in training")
@@ -233,16 +199,11 @@ def main(argv):
     dtype, name = torch.float32, f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if process.cuda:
         dtype, name = torch.bfloat16, torch.cuda.get_device_name()
-    bar = tqdm(total=2 + 3 * len(args.preset), dynamic_ncols=True, disable=None, leave=False)
+    bar = tqdm(total=1 + 3 * len(args.preset), dynamic_ncols=True, disable=None, leave=False)
     rate = matmul_rate(process.device, dtype)
     bar.update()
-    seek, start = decoding()
-    bar.update()
     tqdm.write(f"device {name}; torch {torch.__version__}; {dtype} matrix product {rate / 1e9:.0f} GFLOP/s")
-    tqdm.write(f"decode: {seek:.1f} clips/s by seeking in two minutes of video, {start:.1f} from the start: "
-               f"x{seek / start:.1f}")
-    machine = {"device": name, "torch": torch.__version__, "matmul_gflops": rate / 1e9,
-               "decode_seek_speedup": seek / start, "decode_clips_per_second": seek}
+    machine = {"device": name, "torch": torch.__version__, "matmul_gflops": rate / 1e9}
     for preset in args.preset:
         numbers = machine | measure(preset, args, process, rate, bar)
         say(numbers, args.samples)

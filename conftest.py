@@ -143,10 +143,11 @@ def robomimic(path, demos=4, n=12):
 CAMERA = "observation.images.top"
 
 
-def lerobot(root, version, lengths=(15, 12, 20), fps=10):
-    """Write a LeRobot data set, v2.1 or v3.0: frame t of every episode tells t, action t is (t, episode).
+def lerobot(root, version, lengths=(15, 12, 13), fps=10):
+    """Write a LeRobot data set of three episodes, v2.1 or v3.0.
 
-    Its own split "train" is the first two episodes. Needs pyarrow.
+    Frames are numbered through all episodes and tell their number, so that none looks like one of another
+    episode; the action at frame t is (t, episode). Its own split "train" is the first two. Needs pyarrow.
     """
     old = version == "v2.1"
     os.makedirs(root / "meta")
@@ -161,42 +162,45 @@ def lerobot(root, version, lengths=(15, 12, 20), fps=10):
         info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
         info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
     (root / "meta/info.json").write_text(json.dumps(info))
+    ends = np.cumsum(lengths).tolist()
+    episodes = [range(end - n, end) for end, n in zip(ends, lengths)]
     if old:
-        lerobot_v2(root, lengths, fps)
+        lerobot_v2(root, episodes, fps)
     else:
-        lerobot_v3(root, lengths, fps)
+        lerobot_v3(root, episodes, fps)
 
 
-def lerobot_v2(root, lengths, fps):
-    """A table and a video an episode"""
+def lerobot_v2(root, episodes, fps):
+    """A table and a video an episode; `episodes` are the numbers of their frames"""
     lines = []
-    for episode, n in enumerate(lengths):
-        write_table(root / f"data/chunk-000/episode_{episode:06d}.parquet", lerobot_rows(episode, n, fps))
-        write_video(root / f"videos/chunk-000/{CAMERA}/episode_{episode:06d}.mp4", shades(n))
-        lines.append(json.dumps({"episode_index": episode, "length": n}) + "\n")
+    for e, numbers in enumerate(episodes):
+        write_table(root / f"data/chunk-000/episode_{e:06d}.parquet", lerobot_rows(e, numbers, fps))
+        write_video(root / f"videos/chunk-000/{CAMERA}/episode_{e:06d}.mp4", numbers)
+        lines.append(json.dumps({"episode_index": e, "length": len(numbers)}) + "\n")
     (root / "meta/episodes.jsonl").write_text("".join(lines))
 
 
-def lerobot_v3(root, lengths, fps):
+def lerobot_v3(root, episodes, fps):
     """One table of all episodes; the first two share a video, the third has its own"""
-    rows = [row for episode, n in enumerate(lengths) for row in lerobot_rows(episode, n, fps)]
+    rows = [row for e, numbers in enumerate(episodes) for row in lerobot_rows(e, numbers, fps)]
     write_table(root / "data/chunk-000/file-000.parquet", rows)
+    first, second, third = episodes
     videos = root / f"videos/{CAMERA}/chunk-000"
-    write_video(videos / "file-000.mp4", np.concatenate([shades(lengths[0]), shades(lengths[1])]))
-    write_video(videos / "file-001.mp4", shades(lengths[2]))
+    write_video(videos / "file-000.mp4", [*first, *second])
+    write_video(videos / "file-001.mp4", third)
     places = []
-    for episode, (file, seconds) in enumerate([(0, 0.0), (0, lengths[0] / fps), (1, 0.0)]):
-        places.append({"episode_index": episode, "length": lengths[episode],
+    for e, (file, seconds) in enumerate([(0, 0.0), (0, len(first) / fps), (1, 0.0)]):
+        places.append({"episode_index": e, "length": len(episodes[e]),
                        "data/chunk_index": 0, "data/file_index": 0,
                        f"videos/{CAMERA}/chunk_index": 0, f"videos/{CAMERA}/file_index": file,
                        f"videos/{CAMERA}/from_timestamp": seconds})
     write_table(root / "meta/episodes/chunk-000/file-000.parquet", places)
 
 
-def lerobot_rows(episode, n, fps):
+def lerobot_rows(episode, numbers, fps):
     """The rows of an episode in a table of LeRobot's"""
-    return [{"episode_index": episode, "action": [float(t), float(episode)], "timestamp": t / fps,
-             "frame_index": t} for t in range(n)]
+    return [{"episode_index": episode, "action": [float(number), float(episode)], "timestamp": t / fps,
+             "frame_index": t} for t, number in enumerate(numbers)]
 
 
 def write_table(path, rows):
@@ -207,10 +211,10 @@ def write_table(path, rows):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def write_video(path, frames):
-    """A film with many key frames, its folder made where it is not there"""
+def write_video(path, numbers):
+    """A film of the frames of `shades` with these numbers, its folder made where it is not there"""
     os.makedirs(path.parent, exist_ok=True)
-    write_film(path, frames, g=2)
+    write_film(path, shades(40)[list(numbers)], g=2)
 
 
 # damage -----------------------------------------------------------------------------------------------------

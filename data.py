@@ -10,8 +10,7 @@ a .npz, .npy or .json of the same name. Options: `@fps=5` or `@stride=2` (frame 
 
 A dataset maps a list of clip numbers to a batch: `video` uint8 (b, t, h, w, 3), `fps` (b,), `source` (b,)
 int64, and where they are known `actions` (b, t-1, a) and `effects` (b, t-1). Clip i is the same wherever it
-is drawn, so ranks that take disjoint numbers see disjoint data, and a step's clips do not depend on the
-number of ranks.
+is drawn: ranks that take disjoint numbers see disjoint data, and a step's clips do not depend on the ranks.
 """
 
 import argparse
@@ -28,12 +27,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-import formats
 import toy
 from episodes import Episodes
 from formats import UserError, read_video, speaks
 
-DataError, inspect_video = UserError, formats.inspect_video     # until nobody asks data for them
 TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
 
 
@@ -49,58 +46,48 @@ class Parser(argparse.ArgumentParser):
 
 
 def program(main):
-    """Run main(arguments). A user's mistake ends it with status 1 and "NAME.py: message", one line a node."""
+    """Run main(arguments). A user's mistake or Ctrl-C ends it with "NAME.py: message", one line a node."""
+    name = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}" if speaks() else 1)
-
-
-# the toy world ----------------------------------------------------------------------------------------------
+        sys.exit(f"{name}: {error}" if speaks() else 1)
+    except KeyboardInterrupt:
+        if speaks():
+            print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
 
 
 class ToyClips(Dataset):
-    """Clips of the toy world, drawn as they are asked for.
+    """Clips of the toy world, made as they are asked for: `web`, one embodiment, or `robots`, a mixture.
 
-    Args:
-        source: `web`, one embodiment (then with actions and effects), or `robots`, the mixture of them.
-        size: pixels of a square frame. frames: of a clip.
-        split: "train" or "heldout", two disjoint sets of worlds.
+    size: pixels of a square frame. frames: of a clip. split: "train" or "heldout", disjoint sets of worlds.
     """
     quick = True                                                # to make: see `loader`
 
     def __init__(self, source, size, frames, seed=0, split="train"):
         self.source, self.size, self.frames = source, size, frames
-        self.names = list(toy.MIXTURE) if source == "robots" else [source]
+        self.shares = toy.MIXTURE if source == "robots" else {source: 1}
+        self.names = list(self.shares)
         self.stream = {"train": 2 * seed, "heldout": 1}[split]  # held-out clips are the same for all seeds
         self.labelled = source in toy.EMBODIMENTS               # true actions are known
 
     def __getitem__(self, indices):
         indices = np.asarray(indices)
-        which = self.sources_of(indices)
+        u = toy.Rolls((self.stream, 1), indices, 1)(1)[:, 0]
+        which = np.searchsorted(np.cumsum(list(self.shares.values())), u)       # (b,)
+        how = (self.stream, self.frames, self.size)
         batch = {"video": np.empty((len(indices), self.frames, self.size, self.size, 3), np.uint8),
                  "fps": np.full(len(indices), toy.ToyWorld.fps, np.float32), "source": which}
         for i, name in enumerate(self.names):
             rows = which == i
             if name == "web":
-                batch["video"] = toy.web_clips(indices, self.stream, self.frames, self.size)
+                batch["video"] = toy.web_clips(indices, *how)
             elif rows.any():
-                made = toy.robot_clips(name, indices[rows], self.stream, self.frames, self.size)
-                video, actions, effects = made
-                batch["video"][rows] = video
+                batch["video"][rows], actions, effects = toy.robot_clips(name, indices[rows], *how)
                 if self.labelled:
                     batch |= {"actions": actions, "effects": effects}
         return {k: torch.from_numpy(v) for k, v in batch.items()}
-
-    def sources_of(self, indices):
-        """Which of its names each clip is of: (b,)"""
-        if len(self.names) == 1:
-            return np.zeros(len(indices), int)
-        u = toy.Rolls((self.stream, 1), indices, 1)(1)[:, 0]
-        return np.searchsorted(np.cumsum(list(toy.MIXTURE.values())), u)
-
-
-# sources, as --data names them ------------------------------------------------------------------------------
 
 
 class Mixture(Dataset):
@@ -135,11 +122,7 @@ def sources(data):
 
 
 def parse_source(text):
-    """`[NAME:]PATH[@OPTION...][:WEIGHT]` -> name, path, options {name: text}, weight or None
-
-    Raises:
-        UserError: a weight that is not above 0, an option that does not read NAME=VALUE.
-    """
+    """`[NAME:]PATH[@OPTION...][:WEIGHT]` -> name, path, options {name: text}, weight or None"""
     if os.path.exists(text) or text in TOY:
         return os.path.basename(os.path.normpath(text)), text, {}, None
     body, _, last = text.rpartition(":")
@@ -161,11 +144,7 @@ def parse_source(text):
 
 
 def clips(data, size, frames, seed=0, split="train"):
-    """The dataset that `--data` names: one source, or several by weight (equal ones where none are given).
-
-    Raises:
-        UserError: no source, two of the same name, weights for some only; or what is wrong with one of them.
-    """
+    """The dataset that `--data` names: one source, or several by weight (equal ones where none are given)."""
     names, made, weights = [], [], []
     for name, path, options, weight in map(parse_source, sources(data)):
         names.append(name)
@@ -185,19 +164,15 @@ def clips(data, size, frames, seed=0, split="train"):
     return Mixture(names, made, [weight or 1 for weight in weights], seed)
 
 
-# from clips to what a model sees ----------------------------------------------------------------------------
-
-
 def loader(dataset, batch, start, stop, rank=0, ranks=1):
     """For each of the steps start..stop-1, this rank's share of its global batch of `batch` clips."""
     local = batch // ranks
     firsts = [step * batch + rank * local for step in range(start, stop)]
     numbers = [range(first, first + local) for first in firsts]
     cuda = torch.cuda.is_available()
+    workers = 0 if dataset.quick else 1     # on a CPU one takes a core from training
     if cuda:
         workers = 4
-    else:                                   # a worker takes a core from training: not for quick clips
-        workers = 0 if dataset.quick else 1
     return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=cuda,
                       worker_init_fn=undisturbed)
 
@@ -214,15 +189,11 @@ def to_video(frames, device="cpu"):
 
 
 def random_crop(video, smallest, draw):
-    """One random square window a clip, of side `smallest` to 1 times the frame's, resized back.
-
-    Args:
-        video: (b, c, t, h, w). draw: a `flow.Draw`, which makes random numbers for each clip.
-    """
+    """A random square window of each clip (b, c, t, h, w), `smallest` to 1 times as wide, resized back."""
     if smallest >= 1:
         return video
     b, c, t, h, w = video.shape
-    scale = smallest + (1 - smallest) * draw(torch.rand, b)             # (b,)
+    scale = smallest + (1 - smallest) * draw(torch.rand, b)             # (b,); draw is a flow.Draw
     shift = (draw(torch.rand, b, 2) * 2 - 1) * (1 - scale)[:, None]     # (b, 2)
     theta = torch.zeros(b, 2, 3, device=video.device)
     theta[:, 0, 0] = theta[:, 1, 1] = scale
@@ -232,21 +203,23 @@ def random_crop(video, smallest, draw):
     return F.grid_sample(frames, grid, padding_mode="border", align_corners=False).view(b, c, t, h, w)
 
 
-# the command line -------------------------------------------------------------------------------------------
-
-
 def peek(path, dataset, names, n=12, columns=4, side=128):
     """A GIF of what training will see: n clips, the names of their sources, actions where they are known."""
-    shown = [shown_clip(dataset, i) for i in range(n)]
-    pages = []
+    shown, pages = [], []
+    for i in range(n):
+        clip = dataset[[i]]
+        which = int(clip["source"])
+        if isinstance(dataset, Mixture):                        # which leaves actions out
+            clip = dataset.sources[which][[i]]
+        shown.append((names[which], clip))
     for t in range(dataset.frames):
         page = Image.new("RGB", (columns * (side + 4), -(-n // columns) * (side + 28)), "white")
         write = ImageDraw.Draw(page)
-        for i, (which, clip) in enumerate(shown):
+        for i, (name, clip) in enumerate(shown):
             x, y = i % columns * (side + 4), i // columns * (side + 28)
             frame = Image.fromarray(clip["video"][0, t].numpy())
             page.paste(frame.resize((side, side), Image.Resampling.NEAREST), (x, y))
-            write.text((x, y + side), f"{names[which]} {float(clip['fps']):.3g} fps", "black")
+            write.text((x, y + side), f"{name} {float(clip['fps']):.3g} fps", "black")
             if "actions" in clip and t < clip["actions"].shape[1]:
                 numbers = clip["actions"][0, t][:4].tolist()
                 write.text((x, y + side + 12), " ".join(f"{a:+.2f}" for a in numbers), "black")
@@ -254,53 +227,38 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
     imageio.imwrite(path, np.stack(pages), duration=250, loop=0)
 
 
-def shown_clip(dataset, i):
-    """Number of its source, and clip i, with the actions that a mixture leaves out"""
-    clip = dataset[[i]]
-    which = int(clip["source"])
-    if isinstance(dataset, Mixture):
-        clip = dataset.sources[which][[i]]
-    return which, clip
-
-
 COLUMNS = {"source": "<16", "kind": "<8", "episodes": ">8", "frames": ">9", "hours": ">7", "pixels": ">16",
            "fps": ">9", "actions": ">8", "skipped": ">8", "clips/s": ">8", "seeking": ">8"}
 
 
-def print_row(*cells):
-    print(" ".join(f"{cell:{form}}" for cell, form in zip(cells, COLUMNS.values())))
-
-
 def stats(data, size, frames):
     """Print a row a source: what there is, how many clips a second are read, and what seeking wins."""
-    print_row(*COLUMNS)
+    print(" ".join(f"{column:{form}}" for column, form in COLUMNS.items()))
     for text in sources(data):
         name, path, options, _ = parse_source(text)
         if path in TOY:
             dataset = clips([text], size, frames)
-            speed = clips_a_second(dataset)
-            print_row(name, "toy", "endless", "", "", f"{size}x{size}", toy.ToyWorld.fps, "", "", speed)
-            continue
-        dataset = Episodes(path, size, frames, split="all", options=options)
-        speed = clips_a_second(dataset)
-        episodes = dataset.episodes
-        sizes = sorted({tuple(e.info["hw"]) for e in episodes})
-        pixels = "..".join(f"{w}x{h}" for h, w in sizes[::max(1, len(sizes) - 1)])      # smallest and largest
-        hours = sum(e.n / e.info["fps"] for e in episodes) / 3600
-        print_row(name, dataset.kind, len(episodes), sum(e.n for e in episodes), f"{hours:.3f}", pixels,
-                  spread([round(e.info["fps"], 2) for e in episodes]), spread([e.dims for e in episodes]),
-                  len(dataset.skipped), speed, seeking_wins(episodes, frames))
+            row = {"kind": "toy", "episodes": "endless", "pixels": f"{size}x{size}", "fps": toy.ToyWorld.fps}
+        else:
+            dataset = Episodes(path, size, frames, split="all", options=options)
+            episodes = dataset.episodes
+            sizes = ends([tuple(e.info["hw"]) for e in episodes])
+            rates = ends([round(e.info["fps"], 2) for e in episodes])
+            hours = sum(e.n / e.info["fps"] for e in episodes) / 3600
+            row = {"kind": dataset.kind, "episodes": len(episodes), "frames": sum(e.n for e in episodes),
+                   "hours": f"{hours:.3f}", "pixels": "..".join(f"{w}x{h}" for h, w in sizes),
+                   "fps": "-".join(f"{rate:g}" for rate in rates),
+                   "actions": "-".join(map(str, ends([e.dims for e in episodes]))),
+                   "skipped": len(dataset.skipped), "seeking": seeking_wins(episodes, frames)}
+        began = time.time()
+        dataset[range(16)]
+        row |= {"source": name, "clips/s": f"{16 / (time.time() - began):.1f}"}
+        print(" ".join(f"{row.get(column, ''):{form}}" for column, form in COLUMNS.items()))
 
 
-def clips_a_second(dataset):
-    began = time.time()
-    dataset[range(16)]
-    return f"{16 / (time.time() - began):.1f}"
-
-
-def spread(values):
-    low, high = min(values), max(values)
-    return f"{low:g}-{high:g}" if high > low else f"{low:g}"
+def ends(values):
+    """The smallest and the largest of them; one, where they are equal"""
+    return sorted({min(values), max(values)})
 
 
 def seeking_wins(episodes, frames):

@@ -1,11 +1,8 @@
 """RoboDesk (Kannan et al. 2021), a simulated desk with a robot arm, behind the toy world's interface.
 
-    pip install robodesk==1.0.0 dm_control==1.0.50 "mujoco<4" gym       # and Debian's libegl1 libgl1-mesa-dri
-
 The environment is the published one; only rendering (its Pillow call is gone) and state access (its
 `qpos_objects` are velocities) are ours. Protocol of VP2 (Tian et al. 2023, arXiv 2304.13723): an action is
-held for 50 control steps. Rendered headless: MUJOCO_GL=egl, or osmesa. A frame takes a fraction of a second
-in software, a step a tenth of that.
+held for 50 control steps. Rendered headless (MUJOCO_GL=egl, or osmesa); in software that is most of the time.
 """
 
 import contextlib
@@ -23,8 +20,6 @@ from tqdm import tqdm
 
 from formats import HDF5_ENDINGS, UserError, write_episode
 
-DeskError = UserError                       # until nobody asks for it
-
 
 class Route(NamedTuple):
     """How a scripted policy (ours) does a task: the hand goes beside an object, then through it (metres)."""
@@ -36,22 +31,14 @@ class Route(NamedTuple):
     fingers: int = 0                # -1: closed, 0: half open
 
 
-def push(button):
-    return Route("xpos", button, aside=(0, 0, 0.1), through=(0, 0, -0.1), fingers=-1)
-
-
-def shove(block):
-    return Route("xpos", block, aside=(-0.15, 0, -0.05), through=(0.3, 0, -0.02), clear=(0, 0, 0.15))
-
-
 ROUTES = {
-    "push_red": push("red_button"),
-    "push_green": push("green_button"),
-    "push_blue": push("blue_button"),
-    "open_slide": Route("site_xpos", "slide_handle", (-0.12, 0, 0), (0.5, 0.03, 0), clear=(0, -0.15, 0)),
-    "open_drawer": Route("geom_xpos", "drawer_handle", (0, 0.05, 0.05), (0, -0.3, -0.02)),  # rarely succeeds
-    "upright_block_off_table": shove("upright_block"),
-    "flat_block_off_table": shove("flat_block"),
+    "push_red": Route("xpos", "red_button", (0, 0, .1), (0, 0, -.1), fingers=-1),
+    "push_green": Route("xpos", "green_button", (0, 0, .1), (0, 0, -.1), fingers=-1),
+    "push_blue": Route("xpos", "blue_button", (0, 0, .1), (0, 0, -.1), fingers=-1),
+    "open_slide": Route("site_xpos", "slide_handle", (-.12, 0, 0), (.5, .03, 0), (0, -.15, 0)),
+    "open_drawer": Route("geom_xpos", "drawer_handle", (0, .05, .05), (0, -.3, -.02)),  # rarely succeeds
+    "upright_block_off_table": Route("xpos", "upright_block", (-.15, 0, -.05), (.3, 0, -.02), (0, 0, .15)),
+    "flat_block_off_table": Route("xpos", "flat_block", (-.15, 0, -.05), (.3, 0, -.02), (0, 0, .15)),
 }
 TASKS = tuple(ROUTES)
 
@@ -97,8 +84,7 @@ def environment(size):
             if not image.any():
                 raise UserError("RoboDesk rendered an all-black frame with "
                                 f"MUJOCO_GL={os.environ['MUJOCO_GL']}: try another (egl, osmesa)")
-            image = Image.fromarray(image).crop((16.75, 25.0, 105.0, 88.75))
-            return resized(image, self.image_size)
+            return resized(Image.fromarray(image).crop((16.75, 25.0, 105.0, 88.75)), self.image_size)
 
     return Environment(action_repeat=50, image_size=size)
 
@@ -204,23 +190,20 @@ def random_actions(rng, keep=0.8):
 
 
 def play(desk, task, actions, steps, until_success=False):
-    """Take up to `steps` of the actions on desk 0.
-
-    Returns:
-        frames (t, size, size, 3) uint8; dict of `actions` (t-1, 5), `states` (t, 73), `success`, `task`.
+    """Take up to `steps` of the actions on desk 0: frames (t, size, size, 3) uint8, and a dict of
+    `actions` (t-1, 5), `states` (t, 73), `success`, `task`.
     """
     frames, states = [desk.render()[0]], [desk.get_state()[0]]
     done, success = [], False
     for action in itertools.islice(actions, steps):
         done.append(np.clip(action, -1, 1).astype(np.float32))
-        desk.step(done[-1][None])
+        states.append(desk.step(done[-1][None])[0])
         frames.append(desk.render()[0])
-        states.append(desk.get_state()[0])
         success |= bool(desk.success(task)[0])
         if success and until_success:
             break
-    done = np.array(done, np.float32).reshape(-1, 5)
-    return np.stack(frames), dict(actions=done, states=np.stack(states), success=success, task=task)
+    labels = dict(actions=np.stack(done), states=np.stack(states), success=success, task=task)
+    return np.stack(frames), labels
 
 
 def collect(folder, episodes, size=64, seed=0, steps=15):
@@ -261,51 +244,36 @@ def make_goals(task, folder, n, size=64, steps=24):
 
 def pull_drawer(desk):
     """An episode of two frames, as `play` makes them, in which the drawer comes out by itself"""
-    frames, labels = play(desk, "open_drawer", [], 0)
-    state = desk.get_state()
-    state[0, 18] = -0.25                                        # its joint
-    desk.set_state(state)
-    after, then = play(desk, "open_drawer", [], 0)
-    labels["actions"] = np.zeros((1, 5), np.float32)
-    labels["states"] = np.concatenate([labels["states"], then["states"]])
-    labels["success"] = bool(desk.success("open_drawer")[0])
-    return np.concatenate([frames, after]), labels
+    before, start = desk.render(), desk.get_state()
+    end = start.copy()
+    end[0, 18] = -0.25                                          # its joint
+    desk.set_state(end)
+    labels = dict(actions=np.zeros((1, 5), np.float32), states=np.concatenate([start, end]),
+                  success=bool(desk.success("open_drawer")[0]), task="open_drawer")
+    return np.concatenate([before, desk.render()]), labels
 
 
 def goals(task, path, n, size=64):
-    """Up to n pairs of start state (73,) and goal image (size, size, 3), of recorded episodes or VP2's files.
+    """Up to n pairs of start state (73,) and goal image (size, size, 3), recorded episodes or VP2's.
 
-    Args:
-        path: a folder of goal_TASK_*.mp4 and .npz; or an HDF5 file of VP2's, or the folder that has it as
-            robodesk_TASK/goals.hdf5.
-
-    Raises:
-        UserError: no goal of the task there.
+    path: a folder of goal_TASK_*.mp4 and .npz; or VP2's HDF5 file, or a folder with robodesk_TASK/goals.hdf5.
     """
     file = path if path.endswith(HDF5_ENDINGS) else os.path.join(path, f"robodesk_{task}", "goals.hdf5")
-    pairs = vp2_goals(file, n) if os.path.isfile(file) else recorded_goals(task, path, n)
+    pairs = []
+    if os.path.isfile(file):
+        try:
+            import h5py
+        except ImportError:
+            raise UserError(f"{file}: needs pip install h5py") from None
+        with h5py.File(file) as f:
+            for name in sorted(f["data"], key=lambda k: int(k.split("_")[-1]))[:n]:
+                demo = f["data"][name]
+                start = int(demo["start_index"][()]) if "start_index" in demo else 0
+                pairs.append((demo["states"][start][:73], demo["obs/camera_image"][-1]))
+    else:
+        for video in sorted(glob.glob(os.path.join(glob.escape(path), f"goal_{task}_*.mp4")))[:n]:
+            with np.load(video[:-4] + ".npz") as labels:
+                pairs.append((labels["states"][0], imageio.imread(video, plugin="pyav")[-1]))
     if not pairs:
         raise UserError(f"--goals {path}: no goal of the task {task}")
     return [(state, resized(Image.fromarray(image), size)) for state, image in pairs]
-
-
-def vp2_goals(file, n):
-    try:
-        import h5py
-    except ImportError:
-        raise UserError(f"{file}: needs pip install h5py") from None
-    pairs = []
-    with h5py.File(file) as f:
-        for name in sorted(f["data"], key=lambda k: int(k.split("_")[-1]))[:n]:
-            demo = f["data"][name]
-            start = int(demo["start_index"][()]) if "start_index" in demo else 0
-            pairs.append((demo["states"][start][:73], demo["obs/camera_image"][-1]))
-    return pairs
-
-
-def recorded_goals(task, folder, n):
-    pairs = []
-    for video in sorted(glob.glob(os.path.join(glob.escape(folder), f"goal_{task}_*.mp4")))[:n]:
-        with np.load(video[:-4] + ".npz") as labels:
-            pairs.append((labels["states"][0], imageio.imread(video, plugin="pyav")[-1]))
-    return pairs

@@ -36,10 +36,6 @@ class Episode:
     def __post_init__(self):
         self.high = self.n if self.high is None else self.high
 
-    @property
-    def name(self):
-        return f"{self.file}:{self.key}" if self.key else self.file
-
     def times(self):
         """Seconds (high - low,) of the frames that are used"""
         return frame_times(self.info)[self.first + self.low:self.first + self.high] * self.info["base"]
@@ -70,21 +66,8 @@ class Episode:
         return actions
 
 
-# from a folder to its episodes ------------------------------------------------------------------------------
-
-
 def find_episodes(path, camera=None, split=None):
-    """The episodes in a folder or file.
-
-    Args:
-        camera: which one, where there are several. split: one of the source's own.
-
-    Returns:
-        kind ("video", "HDF5" or "LeRobot"); list of Episode; {file or file:episode: why it is skipped}.
-
-    Raises:
-        UserError: nothing there, no such camera or split, broken metadata, a package that is missing.
-    """
+    """The kind of what lies at a path, list of Episode, {file or file:episode: why it is skipped}"""
     if not os.path.exists(path):
         raise UserError(f"--data {path}: no such file or folder")
     if os.path.isfile(os.path.join(path, "meta", "info.json")):
@@ -98,8 +81,8 @@ def find_episodes(path, camera=None, split=None):
         raise UserError(f"--data {path}: plain videos have no @split and no @camera")
     videos = files if single else [file for file in files if file.lower().endswith(VIDEO_ENDINGS)]
     if not videos:
-        kinds = f"no video ({' '.join(VIDEO_ENDINGS)}), HDF5 or LeRobot data"
-        raise UserError(f"--data {path}: {kinds} in this folder")
+        endings = " ".join(VIDEO_ENDINGS)
+        raise UserError(f"--data {path}: no video ({endings}), HDF5 or LeRobot data in this folder")
     return "video", *video_episodes(path, videos)
 
 
@@ -130,14 +113,12 @@ def video_episodes(path, files):
     for file, info in index(path, files, inspect_video).items():
         if "error" in info:
             skipped[file] = info["error"]
-        elif not info["actions"]:
-            episodes.append(Episode(file, info, 0, info["n"]))
+            continue
+        rows, dims = info["actions"] or (info["n"], 0)
+        if rows in (info["n"] - 1, info["n"]):
+            episodes.append(Episode(file, info, 0, info["n"], dims, (side_file(file), None)))
         else:
-            rows, dims = info["actions"]
-            if rows in (info["n"] - 1, info["n"]):
-                episodes.append(Episode(file, info, 0, info["n"], dims, (side_file(file), None)))
-            else:
-                skipped[file] = f"{rows} actions beside {info['n']} frames"
+            skipped[file] = f"{rows} actions beside {info['n']} frames"
     return episodes, skipped
 
 
@@ -164,9 +145,8 @@ def hdf5_episodes(path, files, camera, split):
                 skipped[f"{file}:{name}"] = f"actions of shape {tuple(shape)} beside {n} frames"
                 continue
             info = {"n": n, "fps": fps, "pts": [0, 1], "regular": True, "base": 1 / fps, "hw": demo["hw"]}
-            dims = shape[1] if shape else 0
-            actions, images = f"data/{name}/actions", f"data/{name}/obs/{view}"
-            episodes.append(Episode(file, info, 0, n, dims, (file, actions), images))
+            actions, images = (file, f"data/{name}/actions"), f"data/{name}/obs/{view}"
+            episodes.append(Episode(file, info, 0, n, shape[1] if shape else 0, actions, images))
     return episodes, skipped
 
 
@@ -201,13 +181,9 @@ def part_of(episodes, split):
         return episodes
     if len(episodes) == 1:
         half = episodes[0].n // 2
-        low, high = (0, half) if split == "train" else (half, episodes[0].n)
-        return [replace(episodes[0], low=low, high=high)]
+        return [replace(episodes[0], high=half) if split == "train" else replace(episodes[0], low=half)]
     held = max(1, len(episodes) // 10)
     return episodes[:-held] if split == "train" else episodes[-held:]
-
-
-# clips ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -226,8 +202,7 @@ class Options:
         names = [field.name for field in fields(cls)]
         for name in given:
             if name not in names:
-                there = " @".join(names)
-                raise UserError(f"--data {path}: no option @{name}; there are @{there}")
+                raise UserError(f"--data {path}: no option @{name}; there are @{' @'.join(names)}")
         try:
             fps, stride = float(given.get("fps", 0)), int(given.get("stride", 1))
         except ValueError:
@@ -244,20 +219,15 @@ class Options:
 class Episodes(Dataset):
     """Clips from anywhere in the episodes of one source; frames are cropped to the centre square and resized.
 
-    Args:
-        path: a file or folder. size: pixels of a square frame. frames: of a clip.
-        split: "train" or "heldout", see `part_of`; or "all".
-        options: {name: text}, see `Options`.
-
-    Raises:
-        UserError: nothing there, an option that makes no sense, or no clip long enough.
+    size: pixels of a square frame. frames: of a clip. split: "train" or "heldout", see `part_of`; or "all".
+    options: {name: text}, see `Options`.
     """
 
     def __init__(self, path, size, frames, seed=0, split="train", options={}):
         self.path, self.size, self.frames, self.seed = path, size, frames, (seed, split == "heldout")
         self.options = Options.read(path, options)
         self.kind, found, self.skipped = find_episodes(path, self.options.camera, self.options.split)
-        self.failed = {}                                        # files that went bad later, and how often
+        self.failed = {}                                        # files that went bad later, and why
         every = len(found) + len(self.skipped)
         self.episodes, starts = [], []
         for e in part_of(found, split):
@@ -267,7 +237,8 @@ class Episodes(Dataset):
                 starts.append(n)
             else:
                 half = " for this half" if e.high - e.low < e.n else ""
-                self.skipped[e.name] = f"{e.high - e.low} frames{half}, too short for a clip"
+                name = f"{e.file}:{e.key}" if e.key else e.file
+                self.skipped[name] = f"{e.high - e.low} frames{half}, too short for a clip"
         if not self.episodes:
             why = next((f": {name}: {why}" for name, why in self.skipped.items()), "")
             raise UserError(f"--data {path}: no {split} clip of {frames} frames{why}")
@@ -275,8 +246,7 @@ class Episodes(Dataset):
             self.tell_skipped(every)
         self.ends = np.cumsum(starts)                           # the clips of all episodes, counted through
         pixels = sum(e.n for e in self.episodes) * size * size
-        self.kept = 3 * pixels < MEMORY // 4                    # decoded episodes stay in memory
-        self.quick = self.kept                                  # to take clips from: see `loader`
+        self.quick = 3 * pixels < MEMORY // 4                   # decoded episodes stay in memory
         dims = {e.dims for e in self.episodes}
         self.labelled = len(dims) == 1 and dims != {0}          # true actions are known
 
@@ -295,8 +265,8 @@ class Episodes(Dataset):
         if not rate:
             return e.high - e.low - self.options.stride * (self.frames - 1)
         if rate > e.info["fps"] * 1.01:
-            file_rate = f"{e.file} has {e.info['fps']:g} frames a second"
-            raise UserError(f"--data {self.path}: @fps={rate:g}, but {file_rate}")
+            there = f"{e.file} has {e.info['fps']:g} frames a second"
+            raise UserError(f"--data {self.path}: @fps={rate:g}, but {there}")
         times = e.times()
         if len(times) == 0:
             return 0
@@ -311,25 +281,21 @@ class Episodes(Dataset):
         return e.low + np.abs(times[:, None] - ideal).argmin(0)                 # the nearest ones
 
     def clip(self, e, start):
-        """The clip that starts there: frames (t, size, size, 3) uint8; actions (t-1, a) float32, or None"""
+        """Frames (t, size, size, 3) uint8 of the clip that starts there; actions (t-1, a) float32, or None"""
         wanted = self.frames_from(e, start)
-        if self.kept:
+        if self.quick:
             key = (e.file, e.key, e.first, self.size, self.options.flip)
             if key not in KEPT:
                 KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
             images = KEPT[key][wanted]
         else:
             images = e.read_frames(wanted, self.fit)
-        actions = self.actions_between(e, wanted) if self.labelled else None
-        return images, actions
-
-    def actions_between(self, e, wanted):
-        """The actions (t-1, a) that lead from each of the wanted frames to the next"""
+        if not self.labelled:
+            return images, None
         every = e.read_actions()                                # action i leads from frame i to i+1
-        steps = list(zip(wanted[:-1], wanted[1:]))
         if self.options.actions == "last":
-            return np.stack([every[max(b - 1, 0)] for a, b in steps])
-        return np.stack([every[a:b].sum(0) for a, b in steps])
+            return images, np.stack([every[max(b - 1, 0)] for b in wanted[1:]])
+        return images, np.stack([every[a:b].sum(0) for a, b in zip(wanted[:-1], wanted[1:])])
 
     def fit(self, image):
         """An image (h, w, 3) as the clips have it: flipped, its centre square, resized"""
@@ -361,13 +327,10 @@ class Episodes(Dataset):
             try:
                 frames, actions = self.clip(e, int(at - before))
             except Exception as error:                          # whatever the reader raises
-                self.tell_failed(e.file, error)
+                if e.file not in self.failed:
+                    why = self.failed[e.file] = (str(error).splitlines() or [""])[0]
+                    print(f"data: {e.file} cannot be read any more, other clips are drawn ({why})",
+                          file=sys.stderr)
             else:
                 return frames, actions, self.options.fps or e.info["fps"] / self.options.stride
         raise UserError(f"--data {self.path}: 20 clips in a row cannot be read any more")
-
-    def tell_failed(self, file, error):
-        if file not in self.failed:
-            why = (str(error).splitlines() or [""])[0]
-            print(f"data: {file} cannot be read any more, other clips are drawn ({why})", file=sys.stderr)
-        self.failed[file] = self.failed.get(file, 0) + 1

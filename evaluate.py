@@ -24,8 +24,8 @@ from checkpoint import load_checkpoint, restore
 from config import Config, Process
 from data import TOY, Parser, clips, parse_source, program, sources, to_video
 from flow import Draw, World
-from formats import UserError, optional, whole
-from judge import infer_transitions, predict, probe_source, save_gif, video_measures
+from formats import UserError, whole
+from judge import infer, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
 
 
@@ -34,15 +34,11 @@ def run_folder(ckpt):
     return ckpt if os.path.isdir(ckpt) else os.path.dirname(ckpt) or "."
 
 
-# results and tables -------------------------------------------------------------------------------
-
-
 def table(title, rows):
     """Print {row: {column: [value of each seed]}} as mean +- standard deviation over seeds."""
     columns = list(dict.fromkeys(k for row in rows.values() for k in row))
     lines = [[title, *columns]]
-    for name, row in rows.items():
-        lines.append([name, *(cell(row.get(k)) for k in columns)])
+    lines += [[name, *(cell(row.get(k)) for k in columns)] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         print("  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip())
@@ -110,9 +106,6 @@ def compare(a, b):
     table("paired", rows)
 
 
-# the tasks, from what they share -----------------------------------------------------------------------
-
-
 @dataclass
 class Case:
     """A trained run, the clips to measure it on, and what to measure."""
@@ -130,15 +123,11 @@ class Case:
     def clips(self, data, split):
         return clips(data, self.config["size"], self.config["eval_frames"], self.config["seed"], split)
 
-    def picture(self, name):
-        return os.path.join(self.out, "samples", name)
-
     @functools.cached_property
     def tuned(self):
         """A world with an adapter: this one, or what train.py makes of it, for which all ranks must ask.
 
-        Returns:
-            the world, held-out clips with true actions, their codes (n, k), and those of the adapter (n, k).
+        With it, held-out clips with true actions, their codes (n, k), and the adapter's for them (n, k).
         """
         world, source = self.world, self.args.adapt_data
         if not world.adapter:
@@ -151,7 +140,7 @@ class Case:
         if dims != world.adapter.action_dim:
             raise UserError(f"--adapt_data {source}: its actions have {dims} dimensions, "
                             f"the adapter takes {world.adapter.action_dim}")
-        found = infer_transitions(world, data, self.args.transitions // 10)
+        found = infer(world, data, self.args.transitions // 10)
         with torch.no_grad():
             guess = world.adapter(found["actions"].to(self.process.device)).argmax(-1).cpu()
         return world, data, found["indices"], guess
@@ -162,26 +151,22 @@ def label(source):
     return parse_source(source)[0]
 
 
-def append(row, numbers):
-    """Add a seed's numbers to {column: [value of each seed]}."""
-    for k, v in numbers.items():
-        row.setdefault(k, []).append(v)
+def by_column(seeds):
+    """[{column: value} of each seed] -> {column: [value of each seed]}"""
+    return {column: [numbers[column] for numbers in seeds] for column in seeds[0]}
 
 
 def probing(case):
     """Table 1: a linear probe from latent to true actions, a row for each source that has them."""
-    rows = {label(source): probe_row(case, source) for source, data in case.heldout.items() if data.labelled}
+    args, rows = case.args, {}
+    for source, test in case.heldout.items():
+        if test.labelled:
+            train = case.clips([source], "train")
+            rows[label(source)] = by_column([
+                probe_source(case.world, train, test, args.transitions, seed, True) for seed in args.seeds])
     if not rows:
         case.why["probe"] = "no source has actions"
     return rows
-
-
-def probe_row(case, source):
-    """{column: [value of each seed]}"""
-    train, test, row = case.clips([source], "train"), case.heldout[source], {}
-    for seed in case.args.seeds:
-        append(row, probe_source(case.world, train, test, case.args.transitions, seed, shuffled=True))
-    return row
 
 
 def prediction(case):
@@ -194,22 +179,23 @@ def prediction(case):
         made, videos = predict_rows(case, case.world, data, variants)
         rows |= {f"{label(source)} {variant}": row for variant, row in made.items()}
         if case.process.master:
-            save_gif(case.picture(f"predict-{label(source)}.gif"), videos)
+            save_gif(os.path.join(case.out, "samples", f"predict-{label(source)}.gif"), videos)
     return rows
 
 
 def predict_rows(case, world, dataset, variants):
     """{variant: {column: [value of each seed]}} and the first videos of the first seed"""
-    args, rows, shown = case.args, {variant: {} for variant in variants}, None
+    args, made, shown = case.args, {variant: [] for variant in variants}, None
     for seed in args.seeds:
         values, seen, videos = predict(
             world, dataset, args.clips, variants, case.measures, case.features, seed, rank=case.process.rank,
             ranks=case.process.ranks, steps=args.sampling_steps, guidance=args.guidance)
         shown = shown or videos
-        for variant, row in rows.items():
+        for variant in variants:
             numbers = {k: x.mean().item() for k, x in values[variant].items()}
             numbers |= {k: frechet(x, seen["true"][k]) for k, x in seen[variant].items()}
-            append(row, numbers)
+            made[variant].append(numbers)
+    rows = {variant: by_column(seeds) for variant, seeds in made.items()}
     if "shuffled" in variants:
         pairs = zip(rows["inferred"]["psnr"], rows["shuffled"]["psnr"])
         rows["inferred"]["controllability"] = [a - b for a, b in pairs]
@@ -227,31 +213,13 @@ def adaptation(case):
 def codebook(case):
     """Figure 5: how codes are used on training clips, on held-out ones, and by the adapter."""
     world, n, num_codes = case.world, case.args.transitions // 10, case.world.lam.cfg.num_codes
-    usage = {"training": infer_transitions(world, case.clips(case.config["data"], "train"), n)["indices"]}
+    usage = {"training": infer(world, case.clips(case.config["data"], "train"), n)["indices"]}
     for source, data in case.heldout.items():
-        usage[f"inferred, {label(source)}"] = infer_transitions(world, data, n)["indices"]
+        usage[f"inferred, {label(source)}"] = infer(world, data, n)["indices"]
     if world.adapter or case.args.task == "all":                # which has adapted the world by now
         *_, guess = case.tuned
         usage[f"adapter, {label(case.args.adapt_data)}"] = guess
-    try:
-        draw_usage(case.picture("codebook.png"), usage, num_codes)
-    except UserError as error:
-        case.why["codebook.png"] = str(error)
     return {name: {k: [v] for k, v in codebook_metrics(x, num_codes).items()} for name, x in usage.items()}
-
-
-def draw_usage(path, usage, num_codes):
-    """A panel for each {name: codes of any shape}, a bar a code. Raises UserError without matplotlib."""
-    optional("matplotlib").use("Agg")
-    pyplot = optional("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(len(usage), 1, figsize=(6, 1.5 * len(usage)), sharex=True, squeeze=False,
-                                   layout="constrained")
-    for axis, (name, x) in zip(axes[:, 0], usage.items()):
-        axis.bar(range(num_codes), torch.bincount(x.flatten(), minlength=num_codes) / x.numel())
-        axis.set_title(name, fontsize=9)
-    axes[-1, 0].set_xlabel("code")
-    figure.supylabel("share")
-    figure.savefig(path, dpi=100)
 
 
 @torch.no_grad()
@@ -266,7 +234,7 @@ def transfer(case):
         made = case.world.rollout(start[:, :, :1], z, case.args.sampling_steps, case.args.guidance,
                                   draw=Draw(0, device=device))
         videos.append(made.cpu())
-    save_gif(case.picture("transfer.gif"), videos)
+    save_gif(os.path.join(case.out, "samples", "transfer.gif"), videos)
 
 
 TASKS = {"probe": probing, "predict": prediction, "adapt": adaptation, "codebook": codebook,
@@ -306,9 +274,6 @@ def adapted(args, config):
     return target
 
 
-# the command line -------------------------------------------------------------------------------------
-
-
 def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -342,8 +307,7 @@ def open_case(args, process):
     if args.task in ("codebook", "transfer", "all") and not world.lam.quantize:
         raise UserError(f"{args.ckpt}: its latent actions are still continuous")
     measured = video_measures(config["size"], config["eval_frames"], process.device, args.i3d)
-    out = args.out or run_folder(args.ckpt)
-    case = Case(args, process, world, config, state["step"], {}, *measured, out)
+    case = Case(args, process, world, config, state["step"], {}, *measured, args.out or run_folder(args.ckpt))
     on_toys = config["data"] in TOY
     for name in args.data or (toy.EMBODIMENTS if on_toys else sources(config["data"])):
         case.heldout[name] = case.clips([name], "heldout")
@@ -355,29 +319,22 @@ def open_case(args, process):
     return case
 
 
-def protocol_of(case):
-    """How the numbers were measured: they compare only with those that were measured alike."""
-    args, cfg = case.args, case.world.cfg
-    frames, size = case.config["eval_frames"], case.config["size"]
-    return {
-        "clips": args.clips, "frames": frames, "generated": frames - 1, "size": size,
-        "transitions": args.transitions, "seeds": args.seeds,
-        "sampling_steps": args.sampling_steps or cfg.sampling_steps,
-        "guidance": cfg.guidance if args.guidance is None else args.guidance,
-        "lpips": "alex, x100", "ssim": "x100",
-    }
-
-
 def main(argv):
     args = parse(argv)
     if args.compare:
         return compare(*args.compare)
     process = Process.here()
     case = open_case(args, process)
+    os.makedirs(os.path.join(case.out, "samples"), exist_ok=True)
     if process.ranks > 1:
         dist.init_process_group("gloo")                         # what ranks exchange are Python objects
-    os.makedirs(os.path.join(case.out, "samples"), exist_ok=True)
-    protocol = protocol_of(case)
+    cfg, frames = case.world.cfg, case.config["eval_frames"]
+    protocol = {                                                # numbers compare with those measured alike
+        "clips": args.clips, "frames": frames, "generated": frames - 1, "size": case.config["size"],
+        "transitions": args.transitions, "seeds": args.seeds,
+        "sampling_steps": args.sampling_steps or cfg.sampling_steps,
+        "guidance": cfg.guidance if args.guidance is None else args.guidance,
+        "lpips": "alex, x100", "ssim": "x100"}
     tasks = list(TASKS) if args.task == "all" else [args.task]
     for task in tasks:
         rows = TASKS[task](case) if process.master or task in SHARED else None

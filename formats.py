@@ -29,9 +29,6 @@ class UserError(Exception):
     """A user's mistake: one line that says what is wrong, where, and what would be right."""
 
 
-DataError = UserError                       # until nobody asks for it
-
-
 def speaks():
     """Whether this process may print a user's mistake: one a node does, where torchrun starts several."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -51,25 +48,18 @@ def whole(path):
 
 
 def optional(package):
-    """Import a package that only some formats need. Raises UserError, with its `pip install`."""
+    """Import a package that not everybody needs. Raises UserError, with its `pip install`."""
     try:
         return importlib.import_module(package)
     except ImportError:
         raise UserError(f"needs pip install {package.split('.')[0]}") from None
 
 
-# video ------------------------------------------------------------------------------------------------------
-
-
 def inspect_video(file):
-    """Decode a video once, from its first frame to its last.
+    """Decode a whole video, for the index. Raises UserError where that shows a fault; PyAV raises more.
 
-    Returns:
-        dict, which the index keeps: `n` frames, their times `pts` and `regular` (see `pack_times`), `base`
-        (seconds in a unit of time), `fps`, `hw` (pixels), `actions` (shape of those beside it, or None).
-
-    Raises:
-        UserError: no frame, a damaged one, or times that do not increase. PyAV raises more.
+    Returns a dict: `n` frames, their times `pts` and `regular` (see `frame_times`), `base` (seconds in a unit
+    of time), `fps`, `hw` (pixels), `actions` (shape of those beside it, or None).
     """
     pts = []
     with av.open(os.path.abspath(file)) as container:
@@ -93,20 +83,14 @@ def inspect_video(file):
     if (steps <= 0).any():
         raise UserError("the times of its frames do not increase")
     fps = 1 / (np.mean(steps) * base) if len(pts) > 1 else UNKNOWN_FPS
-    return {"n": len(pts), "fps": round(fps, 4), **pack_times(pts), "base": base, "hw": [h, w],
+    regular = len(pts) > 1 and bool((steps == steps[0]).all())
+    return {"n": len(pts), "fps": round(fps, 4), "pts": [pts[0], int(steps[0])] if regular else pts,
+            "regular": regular, "base": base, "hw": [h, w],
             "actions": list(read_side(side).shape) if side else None}
 
 
-def pack_times(pts):
-    """Times of frames as the index keeps them: where all steps are equal, only the first and the step"""
-    steps = np.diff(pts)
-    if len(pts) > 1 and (steps == steps[0]).all():
-        return {"pts": [pts[0], int(steps[0])], "regular": True}
-    return {"pts": pts, "regular": False}
-
-
 def frame_times(info):
-    """Times (n,) of a file's frames, in its own unit: the inverse of `pack_times`"""
+    """Times (n,) of a file's frames, in its own unit; the index has first and step of regular ones."""
     if not info["regular"]:
         return np.asarray(info["pts"])
     first, step = info["pts"]
@@ -114,16 +98,12 @@ def frame_times(info):
 
 
 def read_video(file, info, wanted, seek=True, fit=np.asarray):
-    """Some frames of a video, in a list.
+    """Some frames of a video, in a list. Raises UserError where it is not what it was when it was indexed.
 
     Args:
-        info: what `inspect_video` said of it.
         wanted: (t,) numbers of frames, none smaller than the one before it.
         seek: go to the key frame before them; where that fails, or without it, decode from the start.
         fit: what each frame, uint8 (h, w, 3), goes through as soon as it is decoded: large ones are not kept.
-
-    Raises:
-        UserError: the file is not what it was when it was indexed.
     """
     pts = frame_times(info)[wanted].tolist()
     if wanted[0] == 0 or file.lower().endswith(".gif"):     # a GIF's frames build on each other
@@ -156,14 +136,11 @@ def decode(file, pts, seek, fit):
 
 
 def write_episode(path, frames, labels, fps):
-    """Arrays `labels` as path.npz and `frames` (t, h, w, 3) uint8 as path.mp4; where that is, all is.
-
-    H.264, lossless but for the colour space.
-    """
+    """Arrays `labels` as path.npz and `frames` (t, h, w, 3) uint8 as path.mp4; where that is, all is."""
     with whole(path + ".npz") as part, open(part, "wb") as file:
         np.savez(file, **labels)
     with whole(path + ".mp4") as part, av.open(part, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": "0"})
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "0"})     # only colours lose a little
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
         for frame in frames:
@@ -171,39 +148,27 @@ def write_episode(path, frames, labels, fps):
         file.mux(stream.encode(None))
 
 
-# HDF5, in robomimic's layout --------------------------------------------------------------------------------
-
-
 def inspect_hdf5(file):
-    """Look at the first and last frame of each demonstration.
-
-    Returns:
-        {demos: {name: {cameras: {key: n frames}, hw, fps, actions: shape or None}}, splits: {name: demos}}
-    """
+    """{demos: {name: {cameras: {key: n frames}, hw, fps, actions: shape or None}}, splits: {name: demos}}"""
     with optional("h5py").File(file) as f:
-        fps = control_rate(f)
+        fps = UNKNOWN_FPS
+        with contextlib.suppress(Exception):                    # many writers, many forms
+            given = float(json.loads(f["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
+            if 0 < given < float("inf"):
+                fps = given
         names = sorted(f["data"], key=lambda name: (len(name), name))       # demo_2 before demo_10
         demos = {name: inspect_demo(f["data"][name], fps) for name in names}
         splits = {k: [name.decode() for name in v[()]] for k, v in f.get("mask", {}).items()}
     return {"demos": demos, "splits": splits}
 
 
-def control_rate(f):
-    """Frames a second of a robomimic file"""
-    with contextlib.suppress(Exception):                        # many writers, many forms
-        fps = float(json.loads(f["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
-        if 0 < fps < float("inf"):
-            return fps
-    return UNKNOWN_FPS
-
-
 def inspect_demo(demo, fps):
     """Cameras are what has uint8 images (n, h, w, 3) under `obs`."""
     cameras = {}
     for key, images in demo["obs"].items():
-        if getattr(images, "ndim", 0) != 4:                     # a group has none
+        if getattr(images, "ndim", 0) != 4 or not len(images):  # a group has no ndim
             continue
-        if images.dtype == np.uint8 and images.shape[-1] == 3 and len(images):
+        if images.dtype == np.uint8 and images.shape[-1] == 3:
             for i in (0, len(images) - 1):
                 images[i]                                       # h5py raises where it cannot be read
             cameras[key] = images.shape
@@ -211,9 +176,6 @@ def inspect_demo(demo, fps):
     actions = demo["actions"].shape if "actions" in demo else None
     return {"cameras": {key: shape[0] for key, shape in cameras.items()}, "hw": list(hw), "fps": fps,
             "actions": list(actions) if actions else None}
-
-
-# actions beside a video -------------------------------------------------------------------------------------
 
 
 def side_file(video):
@@ -235,9 +197,6 @@ def read_side(file):
     if actions.ndim != 2 or not np.isfinite(actions).all():
         raise UserError(f"{os.path.basename(file)}: actions are not (n, a) finite numbers")
     return actions
-
-
-# LeRobot's metadata -----------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -325,14 +284,10 @@ class LeRobot:
         return first
 
 
-# the index of a folder --------------------------------------------------------------------------------------
-
-
 def index(root, files, inspect):
-    """{file: what `inspect` says of it, or {"error": why it cannot}}
+    """{file: what `inspect` says of it, or {"error": why it cannot}}, kept beside the source, else in `out`
 
-    It is kept beside the source (in `out`, where that cannot be written) under the name of `inspect`, and is
-    renewed for files whose size or time of change differs. Other processes wait for the one that makes it.
+    It is renewed for files whose size or time of change differs. Other processes wait for the one that does.
     """
     base = os.path.abspath(root) if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
     folder, name = base, f".cola-index-{inspect.__name__}.json"
@@ -341,7 +296,9 @@ def index(root, files, inspect):
         os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name)
     keys = {file: os.path.relpath(file, base) for file in files}
-    with locked(folder):
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         known = read_index(path)
         stamps = {file: stamp(file) for file in files}
         fresh = [file for file in files if known.get(keys[file], {}).get("stamp") != stamps[file]]
@@ -354,18 +311,9 @@ def index(root, files, inspect):
         if fresh:
             with whole(path) as part, open(part, "w") as f:
                 json.dump(known, f)
-    return {file: known[keys[file]] for file in files}
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """One process at a time."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(lock)
+    return {file: known[keys[file]] for file in files}
 
 
 def read_index(path):

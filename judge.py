@@ -20,7 +20,10 @@ from formats import UserError, optional
 from lam import resize
 from metrics import cka, code_numbers, codebook_metrics, nmi, probe, psnr, ssim
 
-# what is measured of a video ----------------------------------------------------------------------
+
+def first_line(error):
+    """What an exception says, on one line; its name, if it says nothing"""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class Lpips:
@@ -36,35 +39,25 @@ class Lpips:
 
 
 class I3D:
-    """Features of FVD: the I3D of StyleGAN-V's FVD (Skorokhodov et al. 2022), from a file of TorchScript.
-
-    Frames are resized to 224 x 224, bilinear, and kept in [-1, 1].
-    """
+    """Features of FVD: the I3D of StyleGAN-V's FVD (Skorokhodov et al. 2022), from a file of TorchScript."""
 
     def __init__(self, path, device):
         try:
             self.net = torch.jit.load(path, map_location=device).eval()
         except Exception as error:                              # whatever a broken file makes torch raise
-            why = str(error).splitlines()[0]
-            raise UserError(f"--i3d {path}: cannot be read as TorchScript ({why})") from None
+            raise UserError(f"--i3d {path}: cannot be read as TorchScript ({first_line(error)})") from None
 
     def __call__(self, video):
-        """(b, 3, t, h, w) in [-1, 1], t >= 10 -> (b, 400)"""
+        """(b, 3, t, h, w) in [-1, 1], t >= 10, resized to 224 x 224 -> (b, 400)"""
         return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)
 
 
 def video_measures(size, frames, device, i3d=None):
     """What can be measured here of videos of so many pixels and frames, and why the rest cannot.
 
-    Args:
-        i3d: file of FVD's network, or None.
-
-    Returns:
-        {column: function of two videos -> (b,)}, {column: function of a video -> (b, d), features for the
-        Frechet distance}, {column: why it is not computed}.
-
-    Raises:
-        UserError: i3d is not TorchScript.
+    Returns {column: function of two videos -> (b,)}, {column: function of a video -> (b, d), features for
+    the Frechet distance} and {column: why it is not computed}. Raises UserError if i3d, the file of FVD's
+    network, is not TorchScript.
     """
     measures, features, why = {"psnr": psnr}, {}, {}
     if size < 11:
@@ -79,7 +72,7 @@ def video_measures(size, frames, device, i3d=None):
         except UserError as error:
             why["lpips"] = str(error)
         except Exception as error:                              # its network's weights are downloaded
-            why["lpips"] = f"its network could not be loaded ({str(error).splitlines()[0]})"
+            why["lpips"] = f"its network could not be loaded ({first_line(error)})"
     if not i3d:
         why["fvd"] = "needs --i3d PATH, StyleGAN-V's I3D as TorchScript"
     elif frames < 11:
@@ -91,57 +84,41 @@ def video_measures(size, frames, device, i3d=None):
 
 def save_gif(path, videos, fps=4, rows=4):
     """Videos [(n, 3, t, h, w) in [-1, 1], ...] side by side, one clip a row, as a GIF."""
-    columns = []
-    for video in videos:
-        framed = F.pad(video[:rows], (1, 1, 1, 1), value=1.0)
-        columns.append(torch.cat(list(framed), 2))              # (3, t, rows*h, w)
-    grid = torch.cat(columns, 3)                                # (3, t, rows*h, n*w)
+    framed = [F.pad(video[:rows], (1, 1, 1, 1), value=1.0) for video in videos]
+    grid = rearrange(framed, "v n c t h w -> t (n h) (v w) c")
+    pixels = ((grid + 1) * 127.5).round().byte()
     scale = max(1, 128 // videos[0].shape[-1])
-    pixels = ((grid + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     imageio.imwrite(path, pixels.numpy(), duration=1000 / fps, loop=0)
 
 
-# latent actions -----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def infer(world, dataset, n, batch=64, start=0):
-    """Latent actions of n clips from number `start` on, as tensors on the CPU.
+def infer(world, dataset, at_least, part=0, batch=64):
+    """Latent actions of as many clips as hold so many transitions, a row each; another part has other clips.
 
-    Returns:
-        dict: `z` (n, t-1, k*d), `indices` (n, t-1, k), and `codes` (n, t-1), the k indices as one number; of
-        the data `actions` (n, t-1, a) and `effects` (n, t-1), where they are known.
+    Returns tensors on the CPU: `z` (n, k*d), `indices` (n, k), and `codes` (n,), the k indices as one number;
+    of the data `actions` (n, a) and `effects` (n,), where they are known.
     """
     device, parts = next(world.parameters()).device, []
-    for i in range(start, start + n, batch):
-        data = dataset[range(i, min(i + batch, start + n))]
+    n = max(1, -(-at_least // (dataset.frames - 1)))            # clips
+    for i in range(part * n, (part + 1) * n, batch):
+        data = dataset[range(i, min(i + batch, (part + 1) * n))]
         z, indices, _ = world.lam.encode(to_video(data["video"], device))
-        part = {"z": z.flatten(2).float().cpu(), "indices": indices.cpu()}
-        parts.append(part | {k: data[k] for k in ("actions", "effects") if k in data})
-    out = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        found = {"z": z.flatten(2).float().cpu(), "indices": indices.cpu()}
+        parts.append(found | {k: data[k] for k in ("actions", "effects") if k in data})
+    out = {k: torch.cat([found[k] for found in parts]).flatten(0, 1) for k in parts[0]}
     return out | {"codes": code_numbers(out["indices"], world.lam.cfg.num_codes)}
 
 
-def infer_transitions(world, dataset, at_least, part=0):
-    """`infer` on as many clips as hold so many transitions, one transition a row; another part has others"""
-    n = max(1, -(-at_least // (dataset.frames - 1)))
-    found = infer(world, dataset, n, start=part * n)
-    return {k: v.flatten(0, 1) for k, v in found.items()}
-
-
 def probe_source(world, train, test, pairs, seed=0, shuffled=False):
-    """What latent actions tell of true ones, by clips of a source to train on and to test on.
+    """What latent actions tell of true ones: metrics.probe's numbers, and `nmi` for a toy of discrete moves.
 
     Args:
-        pairs: transitions, at least. seed: of the probe; another one has other clips.
-        shuffled: also probe latent actions of other transitions.
-
-    Returns:
-        dict of metrics.probe's numbers, `l1_shuffled` if asked for, and `nmi` of codes and effects for a toy
-        robot that acts by discrete moves.
+        train, test: clips of one source. pairs: transitions of each, at least.
+        seed: of the probe; another one has other clips.
+        shuffled: also probe latent actions of other transitions, as `l1_shuffled`.
     """
-    a, b = infer_transitions(world, train, pairs, seed), infer_transitions(world, test, pairs, seed)
+    a, b = infer(world, train, pairs, seed), infer(world, test, pairs, seed)
     out = probe(a["z"], a["actions"], b["z"], b["actions"], seed=seed)
     if shuffled:
         z = a["z"][torch.randperm(len(a["z"]), generator=torch.Generator().manual_seed(seed))]
@@ -149,9 +126,6 @@ def probe_source(world, train, test, pairs, seed=0, shuffled=False):
     if world.lam.quantize and "effects" in b and toy.EMBODIMENTS[test.source].matrix is None:
         out["nmi"] = nmi(b["codes"], b["effects"])
     return out
-
-
-# dreams -------------------------------------------------------------------------------------------
 
 
 def fdm_rollout(world, video, z):
@@ -188,14 +162,12 @@ def dreams(world, data, variants, seed=0, steps=None, guidance=None):
     """Clips dreamed from their first frame, under the same noise each time (Table 2).
 
     Args:
-        data: a batch of clips.
         variants: some of `inferred` actions; `shuffled`, those of another clip of the source; `null`, zeros;
             `copy`, the first frame held still; `whole`, inferred actions, but all frames of the clip at once;
             `fdm`, the FDM's own rollout; `adapted`, the adapter's codes for the true actions.
         steps, guidance: sampling settings; None: the world's own.
 
-    Returns:
-        the true video and a dict of videos (b, 3, t, h, w).
+    Returns the true video (b, 3, t, h, w) and {variant: such a video}.
     """
     device = next(world.parameters()).device
     video, fps = to_video(data["video"], device), data["fps"].to(device)
@@ -228,9 +200,8 @@ def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy")
         measures: functions of two videos -> (b,). features: functions of a video -> (b, d).
         seed: another one has other clips and other noise.
 
-    Returns:
-        {variant: {measure: (n,) values of the clips}}, {variant or "true": {feature: (n, d)}}, and the first
-        videos [true, first variant, second variant], each (b, 3, t, h, w), on the first rank.
+    Returns {variant: {measure: (n,) values of the clips}}, {variant or "true": {feature: (n, d)}}, and the
+    first videos [true, first variant, second variant], each (b, 3, t, h, w), on the first rank.
     """
     parts, shown = {}, None                                     # by the number of their first clip
     for i in range(rank * batch, n, ranks * batch):
@@ -256,9 +227,6 @@ def join(parts):
     """[{variant: {key: (b, ...)}}, ...] -> {variant: {key: (n, ...)}}"""
     return {variant: {k: torch.cat([part[variant][k] for part in parts]) for k in row}
             for variant, row in parts[0].items()}
-
-
-# inside the world ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -287,10 +255,9 @@ def align(world, batch, known=None):
         batch: clips; of each, as many frames are used as the generator sees at once.
         known: clips with discrete `effects`, or None.
 
-    Returns:
-        dict: `latent_var`, variance of the latent actions; `cka` of latent actions and what the action
-        modules make of them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted)
-        when clips swap their actions; `nmi` of codes and effects, if they are known and there are codes yet.
+    Returns `latent_var`, variance of the latent actions; `cka` of latent actions and what the action modules
+    make of them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips
+    swap their actions; `nmi` of codes and effects, if they are known and there are codes yet.
     """
     device, r = next(world.parameters()).device, world.vae.time_stride
     frames = 1 + world.cfg.window * r
@@ -316,27 +283,20 @@ def align(world, batch, known=None):
     return out
 
 
-# everything that a run reports ----------------------------------------------------------------------
-
 DREAMED = {"psnr": "inferred", "psnr_shuffled": "shuffled", "psnr_null": "null", "psnr_copy": "copy"}
 
 
 def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, **sampling):
-    """Everything that a run measures on held-out clips.
+    """Everything that a run measures: numbers (None where the data allow none), and the videos of `predict`.
 
     Args:
-        dataset: held-out clips of the training mixture.
-        labelled: (name, train dataset, held-out dataset) with true actions, for the probe; NMI where
-            `effects` are known and actions are discrete.
+        dataset: held-out clips. labelled: (name, train, held-out clips) with true actions, for the probe.
         clips: how many are dreamed; 0 (a LAM without a generator): none.
         transitions, pairs: how many of the codebook, and of the probe a source.
-
-    Returns:
-        dict of numbers (None where the data do not allow one), and the videos of `predict`, or None.
     """
     codes = dict.fromkeys(("utilization", "max_usage", "entropy"))
     if world.lam.quantize:
-        indices = infer_transitions(world, dataset, transitions)["indices"]     # (n, k)
+        indices = infer(world, dataset, transitions)["indices"]     # (n, k)
         codes = codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
     dreamed, shown = dict.fromkeys((*DREAMED, "controllability")), None
     if clips:

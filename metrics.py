@@ -14,8 +14,6 @@ from formats import optional
 
 PSNR_CAP = 60.0     # dB, about the rounding error of 8-bit pixels: equal frames do not count as infinite
 
-# videos and their features ------------------------------------------------------------------------
-
 
 def psnr(a, b):
     """Peak signal-to-noise ratio of videos (b, c, t, h, w) in [-1, 1] (range 2), mean over frames: (b,) dB"""
@@ -28,10 +26,7 @@ def ssim(a, b):
 
     Wang et al. 2004, with the Gaussian window of 11 x 11 pixels (sigma 1.5), only where it fits into the
     frame: what scikit-image computes with gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-    data_range=2.
-
-    Raises:
-        ValueError: frames of less than 11 x 11 pixels.
+    data_range=2. Raises ValueError for smaller frames.
     """
     h, w = a.shape[-2:]
     if min(h, w) < 11:
@@ -77,19 +72,11 @@ def cka(x, y):
     return ((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-30)).item()
 
 
-# codes --------------------------------------------------------------------------------------------
-
-
 def codebook_metrics(indices, num_codes):
-    """How much of the codebook is in use (Figures 2, 3, 5).
+    """How much of the codebook is in use (Figures 2, 3, 5), by codes of any shape: numbers in [0, 1].
 
-    Args:
-        indices: codes of any shape, tokens pooled.
-        num_codes: size of the codebook.
-
-    Returns:
-        dict of floats in [0, 1]: `utilization`, the share of codes used at all; `max_usage`, the share of the
-        most used code; `entropy` of the usage, divided by log(num_codes).
+    `utilization` is the share of codes used at all, `max_usage` the share of the most used one, `entropy`
+    that of the usage, divided by log(num_codes).
     """
     usage = torch.bincount(indices.flatten(), minlength=num_codes).cpu().double()
     p = usage / usage.sum()
@@ -129,18 +116,12 @@ def nmi(codes, effects):
     return ((information(codes, effects) - information(permuted, effects)) / entropy).item()
 
 
-# a linear probe -----------------------------------------------------------------------------------
-
-
 def probe(z, actions, z_test, actions_test, steps=1000, batch=512, seed=0):
     """Linear probe from latent to real actions (Table 1): one layer, L1 loss, 1000 steps of 512.
 
-    Args:
-        z, z_test: (n, d) frozen latent actions; actions, actions_test: (n, a).
-
-    Returns:
-        dict: `l1`, test loss of the probe; `l1_constant`, that of the constant predictor; `r2`, share of the
-        test variance that a least-squares probe explains, mean over the action dimensions that vary there.
+    For frozen latent actions (n, d) and actions (n, a): `l1`, test loss of the probe; `l1_constant`, that of
+    the constant predictor; `r2`, share of the test variance that a least-squares probe explains, mean over
+    the action dimensions that vary there.
     """
     scale = z.std() + 1e-8
     z, z_test = z / scale, z_test / scale
@@ -172,17 +153,12 @@ def fit_l1(x, y, start, steps, batch, seed):
 
 def r2(x, y, x_test, y_test):
     """Share of the test variance that least squares explain, of each dimension of y that varies there"""
-    def with_ones(x):
-        return torch.cat([x, torch.ones(len(x), 1)], 1).double()
-
+    x, x_test = (F.pad(v, (0, 1), value=1.0).double() for v in (x, x_test))     # ones, for the constant
     # with few codes the features are rank deficient but for rounding, which rcond keeps from being fitted
-    fit = torch.linalg.lstsq(with_ones(x), y.double(), rcond=1e-4, driver="gelsd").solution
-    residual = (with_ones(x_test) @ fit - y_test).pow(2).mean(0)
+    fit = torch.linalg.lstsq(x, y.double(), rcond=1e-4, driver="gelsd").solution
+    residual = (x_test @ fit - y_test).pow(2).mean(0)
     variance = y_test.double().var(0)
     return (1 - residual / variance)[variance > 1e-12]
-
-
-# over seeds and trials ----------------------------------------------------------------------------
 
 
 def paired_t(a, b):

@@ -4,9 +4,8 @@
     python plan.py --env robodesk --ckpt out/desk --task push_red open_slide --goals goals
     python plan.py --collect robodesk --episodes 400 --out data/robodesk        # to train and adapt on
 
-Paper: section 4.4, table 4. Protocol on RoboDesk: VP2 (Tian et al. 2023, arXiv 2304.13723). A candidate is a
-sequence of real actions; the adapter turns it into latent actions, the world dreams it, and its pixels are
-compared with the goal's.
+The adapter turns a candidate's real actions into latent ones, the world dreams them, and pixels are compared
+with the goal's. Paper: section 4.4, table 4. On RoboDesk: VP2 (Tian et al. 2023, arXiv 2304.13723).
 """
 
 import math
@@ -18,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn as nn
-from einops import rearrange
 from tqdm import tqdm
 
 import desk
@@ -26,9 +24,10 @@ import toy
 from checkpoint import load_checkpoint, restore
 from config import Process
 from data import Parser, program, to_video
-from evaluate import run_folder, save_gif, save_results, table
+from evaluate import run_folder, save_results, table
 from flow import Draw
 from formats import UserError
+from judge import first_line, save_gif
 from metrics import wilson
 
 
@@ -44,22 +43,19 @@ def proposals(mean, std, samples, beta=0.5, low=-1.0, high=1.0, generator=None):
     return (mean + noise).clamp(low, high)
 
 
-def cem(score, mean, std, samples=200, iterations=3, elites=0.05, beta=0.5, low=-1.0, high=1.0,
-        generator=None):
+def cem(score, mean, std, samples=200, iterations=3, elites=0.05, beta=0.5, generator=None):
     """Cross-entropy method: refit a Gaussian to the best sequences, again and again.
 
     Args:
         score: (samples, horizon, a) -> (samples,), higher is better.
         mean, std: (horizon, a), or what broadcasts to it for std: where to start.
         elites: share of the samples that is refitted to, at least 4.
-        beta, low, high: as for `proposals`.
 
-    Returns:
-        the best sequence seen (horizon, a); VP2 takes the best of the last iteration.
+    Returns the best sequence seen (horizon, a); VP2 takes the best of the last iteration.
     """
     best, best_score = None, -math.inf
     for _ in range(iterations):
-        x = proposals(mean, std, samples, beta, low, high, generator)
+        x = proposals(mean, std, samples, beta, generator=generator)
         scores = score(x)
         top = x[scores.topk(min(samples, max(4, int(elites * samples)))).indices]
         if scores.max() > best_score:
@@ -68,14 +64,13 @@ def cem(score, mean, std, samples=200, iterations=3, elites=0.05, beta=0.5, low=
     return best
 
 
-def mppi(score, mean, std, samples=200, iterations=1, gamma=0.05, beta=0.5, low=-1.0, high=1.0,
-         generator=None):
+def mppi(score, mean, std, samples=200, iterations=1, gamma=0.05, beta=0.5, generator=None):
     """Model predictive path integral control: the mean of all sequences, weighted by exp(gamma * score).
 
     Williams et al. 2017. Arguments as for `cem`; returns the mean (horizon, a).
     """
     for _ in range(iterations):
-        x = proposals(mean, std, samples, beta, low, high, generator)
+        x = proposals(mean, std, samples, beta, generator=generator)
         mean = torch.einsum("n,nta->ta", (gamma * score(x)).softmax(0), x)
     return mean
 
@@ -85,16 +80,14 @@ def shift(plan, steps):
     return torch.cat([plan[steps:], plan[-1:].expand(min(steps, len(plan)), -1)])
 
 
-conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-
-
 class Classifier(nn.Module):
     """VP2's success classifier of 64 x 64 images, under the names of its published weights."""
 
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
-            self.cnv = nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 32))
+            self.cnv = nn.Sequential(
+                nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
 
         def forward(self, x):
             return x + self.cnv(x)
@@ -102,8 +95,9 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         middle = [layer for _ in range(3) for layer in (self.Residual(), nn.ReLU())]
-        self.net = nn.Sequential(conv(3, 32), *middle, conv(32, 3), nn.Flatten(),
-                                 nn.Linear(3 * 64 * 64, 1024), nn.ReLU(), nn.Linear(1024, 1))
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), *middle, nn.Conv2d(32, 3, 3, padding=1), nn.Flatten(),
+            nn.Linear(3 * 64 * 64, 1024), nn.ReLU(), nn.Linear(1024, 1))
 
     def forward(self, images):
         """(n, 3, 64, 64) in [0, 1] -> logits (n,)"""
@@ -113,26 +107,21 @@ class Classifier(nn.Module):
 def reward(video, goal, classifier=None):
     """VP2's score (n,): minus half the squared error, plus 10 times the logits, summed over all frames.
 
-    Args:
-        video: (n, 3, t, h, w) in [-1, 1]; goal: (3, h, w) in [-1, 1]. Both are scored in [0, 1].
+    Of videos (n, 3, t, h, w) and a goal (3, h, w) in [-1, 1]; the errors are those in [0, 1].
     """
     out = -0.5 * ((video - goal[:, None]) / 2).square().sum((1, 2, 3, 4))
     if classifier:
-        logits = classifier(rearrange((video + 1) / 2, "n c t h w -> (n t) c h w"))
+        logits = classifier(((video + 1) / 2).transpose(1, 2).flatten(0, 1))    # (n*t,)
         out += 10 * logits.view(len(video), -1).sum(1)
     return out
 
 
 @torch.no_grad()
 def dream(world, frames, past, actions, seed, fps, context=1, steps=None, guidance=None):
-    """What the world expects of real actions. They share context and noise; equal ones are dreamed once.
+    """What the world expects of real actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]
 
-    Args:
-        frames: uint8 (t, h, w, 3), what was seen; past: (t-1, a), what was done; actions: (n, horizon, a).
-        context: of the frames, how many the dream starts from at most.
-
-    Returns:
-        video (n, 3, horizon, h, w) in [-1, 1].
+    The candidates share context and noise; equal ones are dreamed once. frames: uint8 (t, h, w, 3), what was
+    seen; past: (t-1, a), what was done; context: how many frames the dream starts from at most.
     """
     r, horizon = world.vae.time_stride, actions.shape[1]
     context = 1 + (min(context, len(frames)) - 1) // r * r                      # whole latent frames
@@ -161,22 +150,36 @@ def simulate(copies, state, actions):
     return to_video(torch.from_numpy(np.stack(frames, 1)), actions.device)
 
 
-# the closed loop ----------------------------------------------------------------------------------
-
-
 class Episode:
-    """A start-goal pair in closed loop: plan, act out the plan's first actions, look, plan again."""
+    """A start-goal pair in closed loop: plan, act out the plan's first actions, look, plan again.
 
-    def __init__(self, problem, args, seed, device):
+    agent(make) returns what it plans by: imagine(episode, actions (n, horizon, a)) -> video (n, 3, horizon,
+    h, w) in [-1, 1], or None to act at random, the lower bound. make(n): n copies of the environment.
+    """
+
+    def __init__(self, args, device, agent, classifier, problem, seed):
         make, self.goal, image = problem
-        self.args, self.seed, self.env = args, seed, make(1)
+        self.args, self.classifier, self.seed = args, classifier, seed
+        self.env, self.imagine = make(1), agent(make)
         self.target = to_video(torch.from_numpy(image[None, None]), device)[0, :, 0]    # (3, h, w)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.frames = [self.env.render()[0]]                                    # what was seen
         self.past = torch.zeros(0, self.env.action_dim, device=device)          # what was done (t-1, a)
         self.imagined = []                                                      # (3, h, w) after each action
 
-    def run(self, agent, task):
+    def score(self, actions):
+        return reward(self.imagine(self, actions), self.target, self.classifier)
+
+    def plan(self, mean, std):
+        """Actions to come (horizon, a). mean: what is left of the last plan; std: of the noise around it."""
+        args, noise = self.args, {"beta": self.args.beta, "generator": self.generator}
+        if not self.imagine:
+            return proposals(torch.zeros_like(mean), std, 1, **noise)[0]
+        if args.planner == "cem":
+            return cem(self.score, mean, std, args.samples, args.iterations, args.elites, **noise)
+        return mppi(self.score, mean, std, args.samples, gamma=args.gamma, **noise)
+
+    def run(self, task):
         """Act until the task is solved or no step is left: whether it is solved, seconds of each plan."""
         args, seconds, success = self.args, [], False
         mean = self.past.new_zeros(args.horizon, self.env.action_dim)
@@ -185,11 +188,11 @@ class Episode:
         while len(self.past) < args.steps and not success:
             if not queue:
                 began = time.time()
-                plan = agent.plan(self, mean, std)
+                plan = self.plan(mean, std)
                 seconds.append(time.time() - began)
                 queue, mean = list(plan[:args.replan]), shift(plan, args.replan)
-                if agent.imagine:
-                    self.imagined += agent.imagine(self, plan[None, :args.replan])[0].unbind(1)
+                if self.imagine:
+                    self.imagined += self.imagine(self, plan[None, :args.replan])[0].unbind(1)
             action = queue.pop(0)[None]                                         # (1, a)
             self.env.step(action.cpu().numpy())
             self.past = torch.cat([self.past, action])
@@ -207,60 +210,32 @@ class Episode:
         return [seen, imagined[:, :, :seen.shape[2]], goal]
 
 
-class Agent:
-    """Plans by imagining where actions lead; one without imagination acts at random, the lower bound."""
+def agents(args, world):
+    """{name: agent of an Episode}: those that the command line asks for"""
+    def dreamed(episode, actions):
+        return dream(world, np.stack(episode.frames), episode.past, actions, episode.seed + len(episode.past),
+                     episode.env.fps, args.context, args.sampling_steps, args.guidance)
 
-    def __init__(self, args, classifier=None, imagine=None):
-        """imagine: (episode, actions (n, horizon, a)) -> video (n, 3, horizon, h, w) in [-1, 1]"""
-        self.args, self.classifier, self.imagine = args, classifier, imagine
-
-    def plan(self, episode, mean, std):
-        """Actions to come (horizon, a). mean: what is left of the last plan; std: of the noise around it."""
-        def score(actions):
-            return reward(self.imagine(episode, actions), episode.target, self.classifier)
-
-        args, generator = self.args, episode.generator
-        if not self.imagine:
-            return proposals(torch.zeros_like(mean), std, 1, args.beta, generator=generator)[0]
-        if args.planner == "cem":
-            return cem(score, mean, std, args.samples, args.iterations, args.elites, args.beta,
-                       generator=generator)
-        return mppi(score, mean, std, args.samples, gamma=args.gamma, beta=args.beta, generator=generator)
-
-
-def agents(args, world, classifier):
-    """{name: problem -> agent}: those that the command line asks for"""
-    def planner(problem):
-        def imagine(episode, actions):
-            seed = episode.seed + len(episode.past)
-            return dream(world, np.stack(episode.frames), episode.past, actions, seed, episode.env.fps,
-                         args.context, args.sampling_steps, args.guidance)
-        return Agent(args, classifier, imagine)
-
-    def oracle(problem):
-        make, *_ = problem
+    def oracle(make):
         copies = {n: make(n) for n in (1, args.samples)}        # for a plan, and for its candidates
+        return lambda episode, actions: simulate(copies[len(actions)], episode.env.get_state(), actions)
 
-        def imagine(episode, actions):
-            return simulate(copies[len(actions)], episode.env.get_state(), actions)
-        return Agent(args, classifier, imagine)
-
-    every = {"world": planner, "random": lambda problem: Agent(args), "oracle": oracle}
+    every = {"world": lambda make: dreamed, "random": lambda make: None, "oracle": oracle}
     asked = {"world": world, "random": args.random, "oracle": args.oracle}
-    return {name: start for name, start in every.items() if asked[name]}
+    return {name: agent for name, agent in every.items() if asked[name]}
 
 
-def measure(task, name, start, pairs, args, device, pictures):
-    """A row of the table, {column: [values]}: the agents start(problem) on the start-goal pairs of a task"""
+def measure(start, task, pairs, args, picture):
+    """A row of the table, {column: [values]}: start(problem, seed) are episodes of start-goal pairs"""
     success, seconds = [], []
-    bar = tqdm(total=len(pairs) * len(args.seeds), desc=f"{task} {name}", dynamic_ncols=True, disable=None,
-               leave=False)
+    bar = tqdm(total=len(pairs) * len(args.seeds), desc=os.path.basename(picture), dynamic_ncols=True,
+               disable=None, leave=False)
     for seed in args.seeds:
         won = []
         for i, problem in enumerate(pairs):
-            episode = Episode(problem, args, (seed * 1000 + i) * 1000, device)
-            solved, took = episode.run(start(problem), task)
-            save_gif(os.path.join(pictures, f"{task}-{name}-{seed}-{i:02d}.gif"), episode.videos())
+            episode = start(problem, (seed * 1000 + i) * 1000)
+            solved, took = episode.run(task)
+            save_gif(f"{picture}-{seed}-{i:02d}.gif", episode.videos())
             won.append(solved)
             if took:
                 seconds.append(np.mean(took))
@@ -273,14 +248,12 @@ def measure(task, name, start, pairs, args, device, pictures):
             "low": [low], "high": [high], "pairs": [len(pairs)], "samples": [args.samples]}
 
 
-# the command line ---------------------------------------------------------------------------------
-
 DEFAULT_GOALS = os.path.join("out", "goals")
 DEFAULTS = {
-    "toy": dict(tasks=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0,
+    "toy": dict(task=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0,
                 context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16),
     # VP2's, but for the sampler
-    "robodesk": dict(tasks=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1,
+    "robodesk": dict(task=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1,
                      context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1], elites=0.05, sampling_steps=3, size=64),
 }
 SAMPLES = {"open_slide": 800, "open_drawer": 800}               # VP2's, of other tasks 200
@@ -342,29 +315,23 @@ def parse(argv):
     for k, v in DEFAULTS[args.env].items():
         if k in args and getattr(args, k) is None:
             setattr(args, k, v)
-    args.task = args.task or list(DEFAULTS[args.env]["tasks"])
-    check(args, parser.error)
-    return args
-
-
-def check(args, error):
-    """End with one line where flags make no sense."""
     for k, v in vars(args).items():
         if type(v) is int and v < 1 and k != "wait":            # a number of something
-            error(f"--{k} {v}: must be at least 1")
+            parser.error(f"--{k} {v}: must be at least 1")
     if args.replan > args.horizon:
-        error(f"--replan {args.replan}: a plan has only --horizon {args.horizon} actions")
-    dims = desk.Desk.action_dim if args.env == "robodesk" else 1
+        parser.error(f"--replan {args.replan}: a plan has only --horizon {args.horizon} actions")
+    dims = len(DEFAULTS[args.env]["std"])
     if len(args.std) not in (1, dims):
-        error(f"--std: takes 1 number{f' or {dims}' if dims > 1 else ''}, not {len(args.std)}")
-    tasks = DEFAULTS[args.env]["tasks"]
+        parser.error(f"--std: takes 1 number{f' or {dims}' if dims > 1 else ''}, not {len(args.std)}")
+    known = DEFAULTS[args.env]["task"]
     for task in args.task:
-        if task not in tasks:
-            error(f"--task {task}: {args.env} has {', '.join(tasks)}")
+        if task not in known:
+            parser.error(f"--task {task}: {args.env} has {', '.join(known)}")
     if args.classifier and len(args.task) != 1:
-        error("--classifier: it knows one task; name it with --task")
+        parser.error("--classifier: it knows one task; name it with --task")
     if not (args.ckpt or args.random or args.oracle or args.collect):
-        error("--ckpt: which run? (or --random, --oracle)")
+        parser.error("--ckpt: which run? (or --random, --oracle)")
+    return args
 
 
 def open_world(args, device):
@@ -389,7 +356,7 @@ def open_classifier(path, size, device):
     try:
         classifier.load_state_dict(torch.load(path, device, weights_only=True))
     except Exception as error:                                  # whatever a wrong file makes torch raise
-        raise UserError(f"--classifier {path}: not VP2's classifier ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--classifier {path}: not VP2's classifier ({first_line(error)})") from None
     return classifier
 
 
@@ -412,11 +379,12 @@ def main(argv):
         "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
     for task in args.task:
-        settings = Namespace(**vars(args))
-        settings.samples = args.samples or SAMPLES.get(task, 200)
+        settings = Namespace(**vars(args) | {"samples": args.samples or SAMPLES.get(task, 200)})
         pairs = problems(args, task, robot, size)
-        for name, start in agents(settings, world, classifier).items():
-            rows[f"{task} {name}"] = measure(task, name, start, pairs, settings, device, pictures)
+        for name, agent in agents(settings, world).items():
+            start = partial(Episode, settings, device, agent, classifier)
+            picture = os.path.join(pictures, f"{task}-{name}")
+            rows[f"{task} {name}"] = measure(start, task, pairs, settings, picture)
             save_results(out, args.ckpt, step, {"plan": rows}, protocol)
     table("plan", rows)
     print(", ".join(f"{k} {v}" for k, v in protocol.items()) + f"; {(time.time() - began) / 60:.1f} minutes")

@@ -43,10 +43,7 @@ BLOCKS = np.array([(60, 200, 80), (90, 220, 130), (40, 170, 60)])   # shades of 
 
 
 class Rolls:
-    """Uniform numbers in [0, 1) of many seeded worlds, handed out in order.
-
-    Row i depends on (seed, indices[i]) alone, so that a world is the same in whatever company it is drawn.
-    """
+    """Uniform numbers in [0, 1) of many seeded worlds, handed out in order; no row depends on the others."""
 
     def __init__(self, seed, indices, n=2048):
         self.u = np.stack([np.random.default_rng((seed, int(i))).random(n) for i in indices])
@@ -60,11 +57,9 @@ class Rolls:
 
 
 def draw(image, shape, x, y, size, color):
-    """Paint a sprite into each image (n, h, w, 3), in place.
+    """Paint a square, disc, diamond or ring into each image (n, h, w, 3), in place.
 
-    Args:
-        shape: square, disc, diamond or ring. x, y: (n,) pixel of its top left corner.
-        size: pixels of a side, one or (n,). color: RGB in 0..255, one or (n, 3).
+    x, y: (n,) its top left pixel. size: of a side, one or (n,). color: RGB in 0..255, one or (n, 3).
     """
     yy, xx = np.mgrid[:image.shape[1], :image.shape[2]]
     half = np.asarray(size)[..., None, None] / 2
@@ -85,10 +80,7 @@ def draw(image, shape, x, y, size, color):
 class ToyWorld:
     """n tables of one embodiment, simulated together.
 
-    Args:
-        embodiment: key of EMBODIMENTS.
-        indices: (n,) which worlds; world i of a seed is always the same.
-        size: pixels of a square frame. blocks: how many, up to 3.
+    indices: (n,); table i of a seed is always the same. size: pixels of a square frame. blocks: up to 3.
     """
     fps = 24
 
@@ -164,11 +156,7 @@ class ToyWorld:
         return (self.position[:, TASKS[task]] == goal[:, TASKS[task]]).all(-1)
 
     def policy(self, goal):
-        """Actions (n, action_dim) that head for a waypoint, pushing what is in the way; it changes at random.
-
-        Args:
-            goal: (n, 2) the waypoints, changed in place.
-        """
+        """Actions (n, action_dim) that head for waypoints (n, 2), which change at random, in place."""
         u = self.rolls(8)
         arrived = (goal == self.position[:, 0]).all(1) | (u[:, 0] < 0.2)
         goal[arrived] = np.floor(u[arrived, 1:3] * self.cells).astype(int)
@@ -181,11 +169,7 @@ class ToyWorld:
 
 
 def task_pairs(task, embodiment, n=30, seed=1000, size=20):
-    """Fixed pairs of start and goal.
-
-    Returns:
-        the world at its n starts, and goal states (n, 1 + blocks, 2).
-    """
+    """A world at n fixed starts, and goal states (n, 1 + blocks, 2)"""
     rng = np.random.default_rng((seed, TASKS[task]))
     world = ToyWorld(embodiment, range(n), seed, size)
     starts, goals = zip(*[task_pair(task, world, rng) for _ in range(n)])
@@ -217,11 +201,8 @@ def task_pair(task, world, rng):
 
 
 def robot_clips(embodiment, indices, seed, frames, size):
-    """Clips of the behaviour policy.
-
-    Returns:
-        video (n, t, size, size, 3) uint8; actions (n, t-1, action_dim) float32; effects (n, t-1) int64, which
-        of nine moves really happened.
+    """Clips of the behaviour policy: video (n, t, size, size, 3) uint8; actions (n, t-1, action_dim) float32;
+    effects (n, t-1) int64, which of nine moves really happened.
     """
     world = ToyWorld(embodiment, indices, seed, size)
     goal = world.position[:, 0].copy()
@@ -251,7 +232,11 @@ def web_clips(indices, seed, frames, size, sprites=3):
         velocity = fresh if velocity is None else np.where(turn[..., 2:] < 0.4, fresh, velocity)
         image = background.copy()
         for i in range(sprites):
-            draw_kinds(image, kind[:, i], *place[:, i].T, side[:, i], color[:, i])
+            for k, shape in enumerate(("square", "disc", "diamond")):
+                pick = kind[:, i] == k
+                part = image[pick]
+                draw(part, shape, *place[pick, i].T, side[pick, i], color[pick, i])
+                image[pick] = part
         video.append(image.astype(np.uint8))
         place = place + velocity
         velocity = np.where((place < 0) | (place > high), -velocity, velocity)
@@ -269,13 +254,3 @@ def backgrounds(rolls, size):
     blend = np.where(smooth < 0.4, stripes * 1.0, np.clip(wave + 0.5, 0, 1))[..., None]
     pair = rolls(2, 3)[:, :, None, None] * 255
     return pair[:, 0] * blend + pair[:, 1] * (1 - blend)
-
-
-def draw_kinds(image, kind, x, y, side, color):
-    """Paint a sprite into each image (n, h, w, 3), of the shape that its kind (n,) says."""
-    for k, shape in enumerate(("square", "disc", "diamond")):
-        pick = kind == k
-        if pick.any():
-            part = image[pick]
-            draw(part, shape, x[pick], y[pick], side[pick], color[pick])
-            image[pick] = part
