@@ -16,7 +16,7 @@ import torch
 from config import sizes
 from dit import DiT, DiTConfig, action_depth, load_opensora
 from flow import FlowConfig, World
-from formats import UserError, whole
+from formats import UserError, first_line, whole
 from lam import LAM, Adapter, LAMConfig
 from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
 
@@ -34,8 +34,7 @@ def load_checkpoint(path):
         state = torch.load(path, "cpu", mmap=True, weights_only=True)
         missing = {"world", "lam", "dit"} - state.keys()
     except Exception as error:                  # whatever a broken file makes the readers raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a whole checkpoint of train.py ({reason})") from None
+        raise UserError(f"{path}: not a whole checkpoint of train.py ({first_line(error)})") from None
     if damaged or missing:
         reason = f"checksum of {damaged}" if damaged else f"without {min(missing)}"
         raise UserError(f"{path}: not a whole checkpoint of train.py ({reason})")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from formats import HDF5_ENDINGS, UserError, write_episode
+from formats import HDF5_ENDINGS, UserError, first_line, write_episode
 
 
 class Route(NamedTuple):
@@ -49,7 +49,7 @@ def drawing():
     try:
         yield
     except Exception as error:
-        how = f"MUJOCO_GL={os.environ['MUJOCO_GL']} ({str(error).splitlines()[0]})"
+        how = f"MUJOCO_GL={os.environ['MUJOCO_GL']} ({first_line(error)})"
         raise UserError(f"RoboDesk cannot render with {how}: egl needs Debian's libegl1 and libgl1-mesa-dri, "
                         "osmesa libosmesa6") from None
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, frame_times, index, inspect_hdf5,
-                     inspect_video, optional, read_side, read_video, side_file, speaks)
+from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, first_line, frame_times, index,
+                     inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, speaks)
 
 TOLD = set()                # sources whose skipped files were listed
 KEPT = {}                   # decoded episodes of small sources
@@ -328,7 +328,7 @@ class Episodes(Dataset):
                 frames, actions = self.clip(e, int(at - before))
             except Exception as error:                          # whatever the reader raises
                 if e.file not in self.failed:
-                    why = self.failed[e.file] = (str(error).splitlines() or [""])[0]
+                    why = self.failed[e.file] = first_line(error)
                     print(f"data: {e.file} cannot be read any more, other clips are drawn ({why})",
                           file=sys.stderr)
             else:

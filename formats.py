@@ -29,6 +29,11 @@ class UserError(Exception):
     """A user's mistake: one line that says what is wrong, where, and what would be right."""
 
 
+def first_line(error):
+    """What an exception says, on one line; its name, if it says nothing"""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def speaks():
     """Whether this process may print a user's mistake: one a node does, where torchrun starts several."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -335,4 +340,4 @@ def attempt(inspect, file):
     try:
         return inspect(file)
     except Exception as error:              # whatever a reader raises on a bad file
-        return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+        return {"error": first_line(error)}

@@ -16,14 +16,9 @@ from einops import rearrange
 import toy
 from data import to_video
 from flow import Draw, sample, shift_time, time_ratio
-from formats import UserError, optional
+from formats import UserError, first_line, optional
 from lam import resize
 from metrics import cka, code_numbers, codebook_metrics, nmi, probe, psnr, ssim
-
-
-def first_line(error):
-    """What an exception says, on one line; its name, if it says nothing"""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class Lpips:

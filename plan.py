@@ -26,8 +26,8 @@ from config import Process
 from data import Parser, program, to_video
 from evaluate import run_folder, save_results, table
 from flow import Draw
-from formats import UserError
-from judge import first_line, save_gif
+from formats import UserError, first_line
+from judge import save_gif
 from metrics import wilson
 
 

@@ -369,7 +369,4 @@ def main(argv):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C; its child ends with it
-    try:
-        program(main)
-    except KeyboardInterrupt:
-        sys.exit("reproduce.py: stopped; the same command goes on")
+    program(main)

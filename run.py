@@ -240,7 +240,7 @@ class Watch:
                         max_usage=max_usage)
 
     def alignment(self):
-        """How LAM and generator fit each other, on fixed held-out clips (`evaluate.align`)"""
+        """How LAM and generator fit each other, on fixed held-out clips (`judge.align`)"""
         if not (self.process.master and self.phase.dreams):
             return {}
         with self.measuring():
