@@ -20,6 +20,20 @@ from dit import DiT, DiTConfig
 from vae import OpenSoraVAE
 
 
+# fixtures that train or measure for long
+SHARED = ("whole", "trained", "directions", "open_sora", "judged", "bounds", "collected", "benched", "shown")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Under `--dist loadgroup` tests that share such a fixture go to one worker, where it is made once."""
+    for item in items:
+        for name in SHARED:
+            if name in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(name))
+                break
+
+
 def needs(package):
     """Skip a test that needs an optional package which is not here; fail it where nothing may be missing."""
     if importlib.util.find_spec(package):
