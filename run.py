@@ -1,5 +1,6 @@
 """A run around the loop: its ranks, folder and log, what is measured on the way, how it is stopped."""
 
+import gc
 import json
 import os
 import signal
@@ -174,6 +175,7 @@ class Run:
     def close(self):
         self.bar.close()
         if self.process.ranks > 1:
+            gc.collect()                # cycles of DDP hold the group, whose threads must not outlive it
             dist.destroy_process_group()
 
 

@@ -184,14 +184,17 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
             run.record("align", phase=phase.name, step=run.step, **watch.alignment())
         clips_of_phase, (part, loss_of) = data.train[phase.data], LOSSES[phase.loss]
         cached = cache is not None and phase.crop == 1 and part == "world"      # every crop has other latents
+        # clip i of a source is always the same, so a run that goes on sees what it would have seen
         for batch in loader(clips_of_phase, phase.batch, run.step, end, process.rank, process.ranks):
+            # learning rate; the LAM's is a share of it (--lam_lr)
             lr = phase.learning_rate(run.step)
             for name, group in zip(groups, optimizer.param_groups):
                 group["lr"] = lr * (cfg.lam_lr if name == "lam" else 1)
+            # the continuous start is over (--vq_start): from here on latent actions are codes
             if "lam" in phase.trains and not world.lam.quantize and run.step >= vq_at:
                 fit_codebook(world, clips_of_phase)
 
-            # forward and backward, part by part
+            # forward and backward, part by part; noise depends on the seed, the step and the clip alone
             found, parts = [], cfg.accumulate
             for i in range(parts):
                 clip = {name: x.chunk(parts)[i] for name, x in batch.items()}
@@ -205,6 +208,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
                         loss, out = loss_of(phase, world, model, clip, video, draw, latents)
                     (loss / parts).backward()
                 found.append({"loss": loss.detach(), **out})
+            # of the whole gradient: what does not train has none
             norm = torch.nn.utils.clip_grad_norm_(world.parameters(), MAX_NORM)
 
             # a GPU waits while the CPU reads whether to stop: at every tenth step, and before a checkpoint
@@ -216,10 +220,10 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
                     run.stop("loss or gradient is not finite")
             optimizer.step()
             run.step += 1
-            watch.add(found, norm)
+            watch.add(found, norm)              # before gradients are gone
             optimizer.zero_grad()
 
-            # log, save, evaluate
+            # log, save, evaluate; first the checkpoint, as an evaluation may take long
             if run.step % cfg.log_every == 0 or run.step == end:
                 numbers = watch.numbers()
                 run.record("train", phase=phase.name, step=run.step, **numbers, lr=lr, **run.speed())
@@ -234,6 +238,8 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
                 watch.evaluate("eval", share=2)
     if process.master:
         watch.evaluate("result")
+    if process.ranks > 1:
+        dist.barrier()                          # the others wait for the first
 
 
 def main(argv):
