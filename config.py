@@ -259,9 +259,9 @@ def boolean(text):
     return text.lower() in ("1", "true")
 
 
-def parse(argv):
+def parse(argv, description=None):
     """Config from the command line: what was given, over the values of the preset or of the run to resume."""
-    parser = Parser(__doc__)
+    parser = Parser(description)
     for f in fields(Config):
         options = {"type": f.type, "choices": f.metadata["choices"], "metavar": f.type.__name__.upper()}
         if f.type is bool:

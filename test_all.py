@@ -42,6 +42,7 @@ import formats
 import plan
 import reproduce
 import toy
+import train
 import weights
 from checkpoint import LatentCache, build, load_checkpoint, load_world
 from config import Config, Phase, adopt, parse
@@ -2389,6 +2390,12 @@ def test_bidirectional_pretraining_learns_another_generator(directions):
 def test_a_generator_that_was_pretrained_in_both_directions_dreams_causally(directions):
     blocks = load_world(str(directions / "out/bidirectional")).dit.temporal_blocks
     assert [block.attn.causal for block in blocks] == [True, True]
+
+
+def test_help_shows_the_commands_of_train(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "python train.py --resume out/toy" in capsys.readouterr().out
 
 
 def test_the_command_that_the_project_is_for(tmp_path):

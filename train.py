@@ -243,7 +243,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
 
 
 def main(argv):
-    cfg = parse(argv)
+    cfg = parse(argv, __doc__)
     process = Process.here(cfg.device)
     # a dry run of a preset needs none of the files that it would load
     absent = []
