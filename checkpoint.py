@@ -124,7 +124,10 @@ def load_generator(path, **action):
 
 
 def build_lam(cfg):
-    """A fresh LAM by train.py's settings, or the one of --init_lam; with an FDM only in two-stage mode."""
+    """A fresh LAM by train.py's settings, or the one of --init_lam; with an FDM only in two-stage mode.
+
+    Where the LAM of --init_lam does not train any more, its FDM comes with it, if it has one.
+    """
     fdm_depth = cfg.lam_depth if cfg.mode == "two-stage" else 0
     if cfg.init_lam == "none":
         heads = cfg.lam_width // min(64, cfg.lam_width // 2)
@@ -132,10 +135,14 @@ def build_lam(cfg):
         lam.quantize = cfg.vq_start == 0
         return lam
     trained = load_checkpoint(cfg.init_lam)
-    lam = LAM(replace(lam_config(trained["world"]["lam"]), fdm_depth=fdm_depth))
-    fresh = {name: w for name, w in lam.state_dict().items() if name.startswith("fdm.")}
-    idm_and_codes = {name: w for name, w in trained["lam"].items() if not name.startswith("fdm.")}
-    lam.load_state_dict(fresh | idm_and_codes)
+    lam_cfg, weights = lam_config(trained["world"]["lam"]), trained["lam"]
+    if cfg.mode == "two-stage" and not cfg.lam_steps:
+        fdm_depth = lam_cfg.fdm_depth
+    lam = LAM(replace(lam_cfg, fdm_depth=fdm_depth))
+    if fdm_depth == 0 or cfg.lam_steps:                         # no FDM, or a fresh one
+        fdm = {name: w for name, w in lam.state_dict().items() if name.startswith("fdm.")}
+        weights = fdm | {name: w for name, w in weights.items() if not name.startswith("fdm.")}
+    lam.load_state_dict(weights)
     lam.quantize = trained["quantize"]
     return lam
 

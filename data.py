@@ -72,10 +72,18 @@ class ToyClips(Dataset):
         self.stream = {"train": 2 * seed, "heldout": 1}[split]  # held-out clips are the same for all seeds
         self.labelled = source in toy.EMBODIMENTS               # true actions are known
 
+    def which(self, indices):
+        """The source of each clip (b,), as its place in `names`"""
+        u = toy.Rolls((self.stream, 1), indices, 1)(1)[:, 0]
+        return np.searchsorted(np.cumsum(list(self.shares.values())), u)
+
+    def origin(self, i):
+        """Source and episode of clip i; here each clip has a world of its own"""
+        return self.which(np.array([i]))[0], i
+
     def __getitem__(self, indices):
         indices = np.asarray(indices)
-        u = toy.Rolls((self.stream, 1), indices, 1)(1)[:, 0]
-        which = np.searchsorted(np.cumsum(list(self.shares.values())), u)       # (b,)
+        which = self.which(indices)                                             # (b,)
         how = (self.stream, self.frames, self.size)
         batch = {"video": np.empty((len(indices), self.frames, self.size, self.size, 3), np.uint8),
                  "fps": np.full(len(indices), toy.ToyWorld.fps, np.float32), "source": which}
@@ -99,9 +107,18 @@ class Mixture(Dataset):
         self.quick = all(source.quick for source in sources)
         self.edges = np.cumsum(weights) / np.sum(weights)
 
-    def __getitem__(self, indices):
+    def which(self, indices):
+        """The source of each clip (b,), as its place in `sources`"""
         u = [np.random.default_rng((self.seed, 2, int(i))).random() for i in indices]
-        which = np.searchsorted(self.edges, u, side="right")
+        return np.searchsorted(self.edges, u, side="right")
+
+    def origin(self, i):
+        """Source and episode of clip i"""
+        which = self.which([i])[0]
+        return which, self.sources[which].origin(i)
+
+    def __getitem__(self, indices):
+        which = self.which(indices)
         rows = [np.flatnonzero(which == s) for s in range(len(self.sources))]
         parts = [source[[indices[i] for i in r]] for source, r in zip(self.sources, rows) if len(r)]
         back = torch.from_numpy(np.argsort(np.concatenate(rows)))   # to the order that was asked for
@@ -162,6 +179,21 @@ def clips(data, size, frames, seed=0, split="train"):
     if len(made) == 1:
         return made[0]
     return Mixture(names, made, [weight or 1 for weight in weights], seed)
+
+
+def another(dataset, i, tries=1000):
+    """The number of the first clip after clip i of the same source, but of another episode.
+
+    Where the source has a single episode it is another clip of that; where no clip is found, i.
+    """
+    (source, episode), same = dataset.origin(i), i
+    for j in range(i + 1, i + 1 + tries):
+        its_source, its_episode = dataset.origin(j)
+        if its_source == source and its_episode != episode:
+            return j
+        if its_source == source and same == i:
+            same = j
+    return same
 
 
 def loader(dataset, batch, start, stop, rank=0, ranks=1):

@@ -317,15 +317,23 @@ class Episodes(Dataset):
             batch["actions"] = torch.from_numpy(np.stack(actions))
         return batch
 
+    def place(self, rng):
+        """Where a clip lies that is drawn: the number of its episode, its start among the starts of all"""
+        at = rng.integers(self.ends[-1])
+        return int(np.searchsorted(self.ends, at, side="right")), int(at)
+
+    def origin(self, i):
+        """Source and episode of clip i"""
+        return 0, self.place(np.random.default_rng((*self.seed, i)))[0]
+
     def clip_number(self, i):
         """Clip i, always the same: frames, actions, frames a second"""
         rng = np.random.default_rng((*self.seed, i))
         for _ in range(20):                                     # a file that has gone bad does not stop a run
-            at = rng.integers(self.ends[-1])
-            k = int(np.searchsorted(self.ends, at, side="right"))
+            k, at = self.place(rng)
             e, before = self.episodes[k], self.ends[k - 1] if k else 0
             try:
-                frames, actions = self.clip(e, int(at - before))
+                frames, actions = self.clip(e, at - int(before))
             except Exception as error:                          # whatever the reader raises
                 if e.file not in self.failed:
                     why = self.failed[e.file] = first_line(error)

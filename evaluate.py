@@ -25,7 +25,7 @@ from config import Config, Process
 from data import TOY, Parser, clips, parse_source, program, sources, to_video
 from flow import Draw, World
 from formats import UserError, whole
-from judge import infer, predict, probe_source, save_gif, video_measures
+from judge import infer, loss_by_time, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
 
 
@@ -169,6 +169,18 @@ def probing(case):
     return rows
 
 
+def losses(case):
+    """The generator's flow loss, on clips as long as its own: with inferred actions, and with none."""
+    args, rows = case.args, {}
+    for source, data in case.heldout.items():
+        # latent actions that are still continuous belong to a LAM that has not been trained
+        for kind in ("inferred", "none") if case.world.lam.quantize else ("none",):
+            rows[f"{label(source)} {kind}"] = by_column([
+                loss_by_time(case.world, data, args.clips, kind == "inferred", seed=seed)
+                for seed in args.seeds])
+    return rows
+
+
 def prediction(case):
     """Table 2: dreams of held-out clips beside their controls, a row for each source and variant."""
     variants = ["inferred", "shuffled", "null", "copy", "whole"]
@@ -237,7 +249,7 @@ def transfer(case):
     save_gif(os.path.join(case.out, "samples", "transfer.gif"), videos)
 
 
-TASKS = {"probe": probing, "predict": prediction, "adapt": adaptation, "codebook": codebook,
+TASKS = {"probe": probing, "loss": losses, "predict": prediction, "adapt": adaptation, "codebook": codebook,
          "transfer": transfer}
 SHARED = ("predict", "adapt")       # many clips are dreamed, which ranks share; the rest is for the first
 
@@ -331,6 +343,7 @@ def main(argv):
     cfg, frames = case.world.cfg, case.config["eval_frames"]
     protocol = {                                                # numbers compare with those measured alike
         "clips": args.clips, "frames": frames, "generated": frames - 1, "size": case.config["size"],
+        "trained_frames": 1 + cfg.window * case.world.vae.time_stride,
         "transitions": args.transitions, "seeds": args.seeds,
         "sampling_steps": args.sampling_steps or cfg.sampling_steps,
         "guidance": cfg.guidance if args.guidance is None else args.guidance,

@@ -28,10 +28,13 @@ class FlowConfig:
 
 
 def time_ratio(shift, pixels, frames):
-    """r of the time shift t' = r t / (1 + (r-1) t). Frames are latent (Open-Sora counts 0 below 17)."""
-    if shift in (True, "auto"):
+    """r of the time shift t' = r t / (1 + (r-1) t). Frames are latent (Open-Sora counts 0 below 17).
+
+    shift: "auto" for Open-Sora's formula, "none" for r = 1, or r itself.
+    """
+    if shift == "auto":
         return math.sqrt(pixels / 512 ** 2) * math.sqrt(frames)
-    return 1.0 if shift in (False, None, "none") else float(shift)
+    return 1.0 if shift == "none" else float(shift)
 
 
 def shift_time(t, r):
@@ -39,7 +42,7 @@ def shift_time(t, r):
 
 
 @torch.no_grad()
-def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False, fps=None, cache=None):
+def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift="none", fps=None, cache=None):
     """Denoise all but the context frames by Euler steps over t = 1, 1-1/n, ... (shifted).
 
     Args:
@@ -48,7 +51,7 @@ def sample(dit, x, context=1, actions=None, steps=10, guidance=4.0, shift=False,
         actions: (b, l-1, action_dim) as for the DiT, or None.
         guidance: g of v_null + g (v_act - v_null), where v_null has no actions at the noised frames; 1: no
             v_null.
-        shift: True for Open-Sora's formula, a number r, or False.
+        shift: of the times, see `time_ratio`.
         cache: KVCache of earlier frames, read only.
 
     Returns latents (b, c, l, h, w).
@@ -96,7 +99,8 @@ class Draw:
 
 
 def unseeded(device):
-    return Draw(torch.seed() % 2 ** 31, device=device)
+    """A Draw whose seed is the next number of torch's global generator, which goes on undisturbed"""
+    return Draw(torch.randint(2 ** 31, ()).item(), device=device)
 
 
 @dataclass
@@ -174,7 +178,9 @@ class World(nn.Module):
             # infer and quantize
             z, indices, vq = self.lam.encode(video, draw)
             z = self.drive(z, real, draw)
-            actions = self.drop(self.pack(z), draw)                             # (b, l-1, r*k*d)
+            actions = self.pack(z)                                              # (b, l-1, r*k*d)
+            if self.training:
+                actions = self.drop(actions, draw)
         # noise all frames but the context: 1 clean frame with probability 1/2, else 1 .. l-1
         x0 = self.vae.encode(video) if latents is None else latents             # (b, c, l, h, w)
         b, c, l, h, w = x0.shape

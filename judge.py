@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import toy
-from data import to_video
+from data import another, to_video
 from flow import Draw, sample, shift_time, time_ratio
 from formats import UserError, first_line, optional
 from lam import resize
-from metrics import cka, code_numbers, codebook_metrics, nmi, probe, psnr, ssim
+from metrics import cka, codebook_metrics, joint_codes, nmi, probe, psnr, ssim
 
 
 class Lpips:
@@ -91,8 +91,8 @@ def save_gif(path, videos, fps=4, rows=4):
 def infer(world, dataset, at_least, part=0, batch=64):
     """Latent actions of as many clips as hold so many transitions, a row each; another part has other clips.
 
-    Returns tensors on the CPU: `z` (n, k*d), `indices` (n, k), and `codes` (n,), the k indices as one number;
-    of the data `actions` (n, a) and `effects` (n,), where they are known.
+    Returns tensors on the CPU: `z` (n, k*d), `indices` (n, k); of the data `actions` (n, a) and `effects`
+    (n,), where they are known.
     """
     device, parts = next(world.parameters()).device, []
     n = max(1, -(-at_least // (dataset.frames - 1)))            # clips
@@ -101,8 +101,7 @@ def infer(world, dataset, at_least, part=0, batch=64):
         z, indices, _ = world.lam.encode(to_video(data["video"], device))
         found = {"z": z.flatten(2).float().cpu(), "indices": indices.cpu()}
         parts.append(found | {k: data[k] for k in ("actions", "effects") if k in data})
-    out = {k: torch.cat([found[k] for found in parts]).flatten(0, 1) for k in parts[0]}
-    return out | {"codes": code_numbers(out["indices"], world.lam.cfg.num_codes)}
+    return {k: torch.cat([found[k] for found in parts]).flatten(0, 1) for k in parts[0]}
 
 
 def probe_source(world, train, test, pairs, seed=0, shuffled=False):
@@ -119,7 +118,7 @@ def probe_source(world, train, test, pairs, seed=0, shuffled=False):
         z = a["z"][torch.randperm(len(a["z"]), generator=torch.Generator().manual_seed(seed))]
         out["l1_shuffled"] = probe(z, a["actions"], b["z"], b["actions"], seed=seed)["l1"]
     if world.lam.quantize and "effects" in b and toy.EMBODIMENTS[test.source].matrix is None:
-        out["nmi"] = nmi(b["codes"], b["effects"])
+        out["nmi"] = nmi(joint_codes(b["indices"]), b["effects"])
     return out
 
 
@@ -143,21 +142,11 @@ def whole_rollout(world, video, z, fps, draw, steps=None, guidance=None):
     return world.vae.decode(x, video.shape[2]).clamp(-1, 1)
 
 
-def clip_before(source):
-    """For clips of these sources (b,): (b,) which one comes before each in its source, or itself if alone."""
-    order = torch.argsort(source, stable=True)
-    before = torch.empty_like(order)
-    for s in source.unique():
-        mine = order[source[order] == s]
-        before[mine] = mine.roll(1)
-    return before
-
-
-def dreams(world, data, variants, seed=0, steps=None, guidance=None):
+def dreams(world, data, variants, others=None, seed=0, steps=None, guidance=None):
     """Clips dreamed from their first frame, under the same noise each time (Table 2).
 
     Args:
-        variants: some of `inferred` actions; `shuffled`, those of another clip of the source; `null`, zeros;
+        variants: some of `inferred` actions; `shuffled`, those of `others`, as many clips; `null`, zeros;
             `copy`, the first frame held still; `whole`, inferred actions, but all frames of the clip at once;
             `fdm`, the FDM's own rollout; `adapted`, the adapter's codes for the true actions.
         steps, guidance: sampling settings; None: the world's own.
@@ -167,8 +156,9 @@ def dreams(world, data, variants, seed=0, steps=None, guidance=None):
     device = next(world.parameters()).device
     video, fps = to_video(data["video"], device), data["fps"].to(device)
     z = world.lam.encode(video)[0]                                              # (b, t-1, k, d)
-    other = clip_before(data["source"]).to(device)
-    actions = {"inferred": z, "shuffled": z[other], "null": torch.zeros_like(z)}
+    actions = {"inferred": z, "null": torch.zeros_like(z)}
+    if "shuffled" in variants:
+        actions["shuffled"] = world.lam.encode(to_video(others["video"], device))[0]
     if "adapted" in variants:
         actions["adapted"] = world.latent_actions(data["actions"].to(device))
     out = {}
@@ -191,7 +181,7 @@ def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy")
     """Measure dreams of n held-out clips, over the generated frames only. Ranks share the batches of clips.
 
     Args:
-        variants, sampling: as for `dreams`.
+        variants, sampling: as for `dreams`; shuffled actions are those of `data.another` clip.
         measures: functions of two videos -> (b,). features: functions of a video -> (b, d).
         seed: another one has other clips and other noise.
 
@@ -201,7 +191,8 @@ def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy")
     parts, shown = {}, None                                     # by the number of their first clip
     for i in range(rank * batch, n, ranks * batch):
         numbers = range(seed * n + i, seed * n + min(i + batch, n))
-        video, made = dreams(world, dataset[numbers], variants, seed * 1000003 + i, **sampling)
+        others = dataset[[another(dataset, j) for j in numbers]] if "shuffled" in variants else None
+        video, made = dreams(world, dataset[numbers], variants, others, seed * 1000003 + i, **sampling)
         if shown is None:
             shown = [v.cpu() for v in [video, *made.values()][:3]]
         true = video[:, :, 1:]                                  # the first frame is given
@@ -224,14 +215,22 @@ def join(parts):
             for variant, row in parts[0].items()}
 
 
+def as_trained(world, data):
+    """Clips, as many frames of each as the generator sees at once: video (b, 3, t, h, w), fps (b,)"""
+    device, frames = next(world.parameters()).device, 1 + world.cfg.window * world.vae.time_stride
+    return to_video(data["video"][:, :frames], device), data["fps"].to(device)
+
+
 @torch.no_grad()
-def loss_by_time(world, dataset, n, use_actions=True, bins=4):
-    """Flow loss on held-out clips by flow time: {"loss_t0.00": ..., "loss_t0.25": ...}, its mean as `loss`"""
-    device, parts = next(world.parameters()).device, []
+def loss_by_time(world, dataset, n, use_actions=True, bins=4, seed=0):
+    """Flow loss on held-out clips by flow time: {"loss_t0.00": ..., "loss_t0.25": ...}, its mean as `loss`
+
+    As in training, but for dropped actions: the clips are as long, and the context is drawn.
+    """
+    parts = []
     for i in range(0, n, 64):
-        data = dataset[range(i, min(i + 64, n))]
-        video, fps = to_video(data["video"], device), data["fps"].to(device)
-        found = world(video, Draw(0, 1, i, device=device), fps, use_actions)[1]
+        video, fps = as_trained(world, dataset[range(seed * n + i, seed * n + min(i + 64, n))])
+        found = world(video, Draw(seed, 1, i, device=video.device), fps, use_actions)[1]
         parts.append((found["clip_t"], found["clip_flow"]))
     t, loss = (torch.cat(part) for part in zip(*parts))                         # (n,) each
     in_bin = (t * bins).long().clamp(max=bins - 1)
@@ -247,16 +246,15 @@ def align(world, batch, known=None):
     """How well latent actions and generator fit each other, on held-out clips; reviewers of the paper asked.
 
     Args:
-        batch: clips; of each, as many frames are used as the generator sees at once.
+        batch: clips, of which `as_trained` is used.
         known: clips with discrete `effects`, or None.
 
     Returns `latent_var`, variance of the latent actions; `cka` of latent actions and what the action modules
     make of them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips
     swap their actions; `nmi` of codes and effects, if they are known and there are codes yet.
     """
-    device, r = next(world.parameters()).device, world.vae.time_stride
-    frames = 1 + world.cfg.window * r
-    video, fps = to_video(batch["video"][:, :frames], device), batch["fps"].to(device)
+    video, fps = as_trained(world, batch)
+    device, frames = video.device, video.shape[2]
     actions, x0 = world.pack(world.lam.encode(video)[0]), world.vae.encode(video)
     b, c, l, h, w = x0.shape
     t = shift_time(0.5, time_ratio(world.cfg.time_shift, h * w * world.vae.pixel_stride ** 2, l))
@@ -272,9 +270,9 @@ def align(world, batch, known=None):
         "sensitivity": ((swapped - v).norm() / v.norm().clamp(min=1e-12)).item(),
     }
     if known and world.lam.quantize:
-        indices = world.lam.encode(to_video(known["video"][:, :frames], device))[1]
-        codes = code_numbers(indices, world.lam.cfg.num_codes)
-        out["nmi"] = nmi(codes.flatten().cpu(), known["effects"][:, :frames - 1].flatten())
+        indices = world.lam.encode(as_trained(world, known)[0])[1]
+        codes = joint_codes(indices.flatten(0, 1).cpu())
+        out["nmi"] = nmi(codes, known["effects"][:, :frames - 1].flatten())
     return out
 
 

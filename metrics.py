@@ -93,10 +93,9 @@ def collapsed(indices, share=0.95):
     return (counts.max() / len(indices)).item() >= share
 
 
-def code_numbers(indices, num_codes):
-    """The k codes of a transition as one number: (..., k) -> (...) in [0, num_codes^k)"""
-    place = num_codes ** torch.arange(indices.shape[-1], device=indices.device)
-    return (indices * place).sum(-1)
+def joint_codes(indices):
+    """Transitions with the same k codes get the same number: (n, k) -> (n,), from 0 to how many there are"""
+    return indices.unique(dim=0, return_inverse=True)[1]
 
 
 def nmi(codes, effects):

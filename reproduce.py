@@ -2,7 +2,7 @@
 
     python reproduce.py fig2        # fig3, fig4a, fig4b, fig5, fig6, table1 ... table4, warmup, all
     python reproduce.py fig2 --variant unstandardized --seeds 0 1 2     # under other conditions
-    python reproduce.py causes --variant light-vq   # under all conditions whose names begin so, side by side
+    python reproduce.py causes --variant light-vq   # all conditions whose names begin so; also: pretrained
 
 A run or a measurement is made once, by the command that is printed, when the first target asks for it; what
 was stopped goes on. Nothing is made anew when the code changes: delete out/reproduce then. There come the
@@ -63,6 +63,7 @@ VARIANTS = {                                        # numbers for tiny
 }
 MEASURES = {
     "probe": "evaluate.py --task probe --transitions 4096 --seeds SEED",
+    "loss": "evaluate.py --task loss --data robots --clips 256 --seeds SEED",
     "predict": "evaluate.py --task predict --seeds SEED",
     "adapt": "evaluate.py --task adapt --transitions 4096 --seeds SEED",
     "codebook": "evaluate.py --task codebook",
@@ -311,21 +312,34 @@ def warmup(lab, out):
     return rows, [[f"{arm}, after {k}" for arm in arms] for k in ("2K", "8K", "38K")]
 
 
+def conditions(lab):
+    """{setting: Lab} of a variant, and of those whose names begin with its"""
+    settings, start = {"as it is": lab.variant}, lab.variant + "-"
+    settings |= {v.removeprefix(start).replace("-", " "): v for v in VARIANTS if v.startswith(start)}
+    labs = {setting: Lab(lab.preset, variant, lab.seeds, lab.kilo) for setting, variant in settings.items()}
+    for other in labs.values():
+        other.commands = lab.commands
+    return labs
+
+
+def pretrained(lab, out):
+    """Flow loss of the pre-trained generator on robots, without actions, one setting changed at a time"""
+    labs = conditions(lab)
+    rows = {s: other.values("loss", "pretrained@", "robots none", ("loss",)) for s, other in labs.items()}
+    return rows, [(setting, "as it is") for setting in labs if setting != "as it is"]
+
+
 def causes(lab, out):
     """Codebook after 60K joint steps, with and without 24K of warm-up, one setting changed at a time"""
-    rows, start = {}, lab.variant + "-"
-    settings = {"as it is": lab.variant}
-    settings |= {v.removeprefix(start).replace("-", " "): v for v in VARIANTS if v.startswith(start)}
-    for setting, variant in settings.items():
-        other = Lab(lab.preset, variant, lab.seeds, lab.kilo)
-        other.commands = lab.commands
+    rows, settings = {}, conditions(lab)
+    for setting, other in settings.items():
         arms = {f"naive, {setting}": "naive", f"warm-up, {setting}": "joint-24K"}
         rows |= rows_at({arm: curve(other, run, CODEBOOK) for arm, run in arms.items()})
     bars(out + ".png", rows, ("naive", "warm-up"), settings, ("max_usage", "nmi"))
     return rows, [(f"warm-up, {s}", f"naive, {s}") for s in settings]
 
 
-SHOWN = fig2, fig3, table2, fig4a, fig4b, warmup, table1, table3, fig5, fig6, table4, causes
+SHOWN = fig2, fig3, table2, fig4a, fig4b, warmup, table1, table3, fig5, fig6, table4, pretrained, causes
 TARGETS = {show.__name__: show for show in SHOWN}
 
 
@@ -357,7 +371,8 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.kilo is not None and args.kilo < 1:
         parser.error(f"--kilo {args.kilo}: must be at least 1")
-    targets = [t for t in TARGETS if t != "causes"] if args.target == "all" else [args.target]
+    of_one = [t for t in TARGETS if t not in ("pretrained", "causes")]      # these compare conditions
+    targets = of_one if args.target == "all" else [args.target]
     if not all(t.startswith("table") for t in targets):
         optional("matplotlib")          # or the complaint would come after an hour of training
     if len(args.seeds) > 1:

@@ -202,9 +202,11 @@ class Watch:
             robot = [heldout for name, _, heldout in data.labelled if name == "cross"]
             self.known = robot[0][range(len(self.fixed["fps"]))] if robot else None
 
-    def begin(self, phase):
-        self.phase, self.recent = phase, []     # (numbers, indices) of the last steps
-        self.grad, self.grad_before = None, None
+    def begin(self, phase, end):
+        """A phase begins, whose last step is the run's `end`-th."""
+        self.phase, self.end = phase, end
+        self.recent = []                        # (numbers, indices) of the last steps
+        self.grads = {}                         # step: the IDM's gradient, of steps that a log line needs
 
     def add(self, found, norm):
         """found: what the losses of a step's parts returned"""
@@ -214,9 +216,14 @@ class Watch:
         numbers = {name: mean(name) for name, v in found[0].items() if name != "indices" and v.dim() == 0}
         indices = torch.cat([f["indices"] for f in found]) if self.phase.codes else None
         self.recent = self.recent[1 - WINDOW:] + [(numbers | {"norm": norm}, indices)]
-        if "lam" in self.phase.trains and self.run.step % self.cfg.log_every in (0, self.cfg.log_every - 1):
-            self.grad_before = self.grad
-            self.grad = torch.cat([p.grad.flatten() for p in self.world.lam.idm.parameters()])
+        step = self.run.step
+        if "lam" in self.phase.trains and (self.logs_at(step) or self.logs_at(step + 1)):
+            self.grads = {k: grad for k, grad in self.grads.items() if k == step - 1}
+            self.grads[step] = torch.cat([p.grad.flatten() for p in self.world.lam.idm.parameters()])
+
+    def logs_at(self, step):
+        """Whether a log line follows this step"""
+        return step % self.cfg.log_every == 0 or step == self.end
 
     def numbers(self):
         """For a log line. Every rank must ask, as the codes of all count."""
@@ -227,8 +234,8 @@ class Watch:
             out |= codebook_metrics(indices, self.world.lam.cfg.num_codes)
             if "lam" in self.phase.trains:
                 self.alarm(collapsed(indices), out["max_usage"])
-        if self.grad_before is not None:
-            out["grad_cosine"] = F.cosine_similarity(self.grad_before, self.grad, 0).item()
+        if len(self.grads) == 2:                # of this step and the one before
+            out["grad_cosine"] = F.cosine_similarity(*self.grads.values(), 0).item()
         return out | self.alignment()
 
     def alarm(self, found, max_usage):

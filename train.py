@@ -172,7 +172,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
     end, trained = 0, ()
     for phase in phases(cfg):
         start, end = end, end + phase.steps
-        watch.begin(phase)
+        watch.begin(phase, end)
         if run.step >= end:                     # over before the run was resumed
             trained = phase.trains
             continue
@@ -224,7 +224,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
             optimizer.zero_grad()
 
             # log, save, evaluate; first the checkpoint, as an evaluation may take long
-            if run.step % cfg.log_every == 0 or run.step == end:
+            if watch.logs_at(run.step):
                 numbers = watch.numbers()
                 run.record("train", phase=phase.name, step=run.step, **numbers, lr=lr, **run.speed())
                 run.bar.set_postfix_str(f"{phase.name} loss {numbers['loss']:.4f}")
