@@ -86,7 +86,7 @@ def read_results(names):
                      for row, cells in rows.items() for column, values in cells.items()})
     if len(runs) == 1:
         return runs[0]
-    common = [key for key in runs[0] if all(key in run for run in runs)]
+    common = [key for key in runs[0] if all(run.get(key) for run in runs)]      # some have no value
     return {key: [float(np.mean(run[key])) for run in runs] for key in common}
 
 
@@ -152,8 +152,9 @@ def label(source):
 
 
 def by_column(seeds):
-    """[{column: value} of each seed] -> {column: [value of each seed]}"""
-    return {column: [numbers[column] for numbers in seeds] for column in seeds[0]}
+    """[{column: value} of each seed] -> {column: [value of each seed]}, of the columns that all seeds have"""
+    common = [column for column in seeds[0] if all(column in numbers for numbers in seeds)]
+    return {column: [numbers[column] for numbers in seeds] for column in common}
 
 
 def probing(case):

@@ -43,18 +43,21 @@ def proposals(mean, std, samples, beta=0.5, low=-1.0, high=1.0, generator=None):
     return (mean + noise).clamp(low, high)
 
 
-def cem(score, mean, std, samples=200, iterations=3, elites=0.05, beta=0.5, generator=None):
+def cem(score, mean, std, samples=200, iterations=3, elites=0.05, bounded=False, beta=0.5, generator=None):
     """Cross-entropy method: refit a Gaussian to the best sequences, again and again.
 
     Args:
         score: (samples, horizon, a) -> (samples,), higher is better.
         mean, std: (horizon, a), or what broadcasts to it for std: where to start.
         elites: share of the samples that is refitted to, at least 4.
+        bounded: as in VP2 the std is at most half of the way from the mean to the nearer bound.
 
     Returns the best sequence seen (horizon, a); VP2 takes the best of the last iteration.
     """
     best, best_score = None, -math.inf
     for _ in range(iterations):
+        if bounded:
+            std = torch.minimum(std.expand_as(mean), (1 - mean.abs()) / 2)
         x = proposals(mean, std, samples, beta, generator=generator)
         scores = score(x)
         top = x[scores.topk(min(samples, max(4, int(elites * samples)))).indices]
@@ -161,6 +164,8 @@ class Episode:
         make, self.goal, image = problem
         self.args, self.classifier, self.seed = args, classifier, seed
         self.env, self.imagine = make(1), agent(make)
+        for _ in range(UNCOUNTED[args.env]):
+            self.env.step(np.zeros((1, self.env.action_dim)))
         self.target = to_video(torch.from_numpy(image[None, None]), device)[0, :, 0]    # (3, h, w)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.frames = [self.env.render()[0]]                                    # what was seen
@@ -176,7 +181,8 @@ class Episode:
         if not self.imagine:
             return proposals(torch.zeros_like(mean), std, 1, **noise)[0]
         if args.planner == "cem":
-            return cem(self.score, mean, std, args.samples, args.iterations, args.elites, **noise)
+            bounded = args.env == "robodesk"
+            return cem(self.score, mean, std, args.samples, args.iterations, args.elites, bounded, **noise)
         return mppi(self.score, mean, std, args.samples, gamma=args.gamma, **noise)
 
     def run(self, task):
@@ -256,6 +262,7 @@ DEFAULTS = {
     "robodesk": dict(task=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1,
                      context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1], elites=0.05, sampling_steps=3, size=64),
 }
+UNCOUNTED = {"toy": 0, "robodesk": 1}       # zero actions before an episode begins; VP2 takes one
 SAMPLES = {"open_slide": 800, "open_drawer": 800}               # VP2's, of other tasks 200
 
 
@@ -376,6 +383,7 @@ def main(argv):
     apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")
     protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
         "size": size, "cost": "pixels and classifier" if classifier else "pixels",
+        "zero actions before it": UNCOUNTED[args.env],
         "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
     for task in args.task:

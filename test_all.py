@@ -48,14 +48,15 @@ from checkpoint import LatentCache, build, load_checkpoint, load_world
 from config import Config, Phase, adopt, parse
 from conftest import (DAMAGES, counting, damage, lerobot, moving_squares, needs, released, robomimic,
                       shades, told, write_actions, write_film)
-from data import ToyClips, clips, loader, program, random_crop, to_video
+from data import Mixture, ToyClips, another, clips, loader, program, random_crop, to_video
 from dit import DiT, DiTConfig, load_opensora
 from episodes import Episodes
 from flow import Draw, FlowConfig, World, sample, shift_time, time_ratio
 from formats import UserError, inspect_video, read_video
-from judge import align, predict, video_measures
+from judge import align, loss_by_time, predict, video_measures
 from lam import Adapter, LAM, LAMConfig, Standardize, resize
-from metrics import cka, codebook_metrics, collapsed, frechet, nmi, paired_t, probe, psnr, ssim, wilson
+from metrics import (cka, codebook_metrics, collapsed, frechet, joint_codes, nmi, paired_t, probe, psnr,
+                     ssim, wilson)
 from transformer import KVCache
 from vae import PixelVAE, load_opensora_vae
 from vq import VectorQuantizer
@@ -355,8 +356,7 @@ def test_reading_a_cache_leaves_it_as_it_is():
     ("auto", 256 ** 2, 16, 2),
     ("3", 1, 1, 3),
     ("none", 1, 1, 1),
-    (True, 512 ** 2, 4, 2),
-    (False, 512 ** 2, 4, 1),
+    (1.0, 512 ** 2, 4, 1),
 ])
 def test_time_ratio_is_open_soras_a_number_or_none(shift, pixels, frames, r):
     assert time_ratio(shift, pixels, frames) == r
@@ -378,7 +378,7 @@ class Exact(torch.nn.Module):
         return (self.data - x) / t.clamp(min=1e-9)[:, None, :, None, None] + self.off
 
 
-@pytest.mark.parametrize("shift", [False, 8.0])
+@pytest.mark.parametrize("shift", ["none", 8.0])
 def test_sampler_on_an_exact_velocity_reaches_the_data(shift):
     x, data = video(), video(seed=1)
     x[:, :, :2] = data[:, :, :2]
@@ -543,6 +543,27 @@ def test_joint_loss_is_flow_plus_vq():
     assert out["clip_flow"].shape == (2,)
 
 
+def test_actions_are_dropped_in_training_alone():
+    world, given = small_world(), []
+    world.dit.register_forward_pre_hook(lambda module, args: given.append(args[2]))     # (b, l-1, d)
+    for training in (True, False):
+        world.train(training)
+        world(video(64), Draw(0))
+    dropped = [(actions == 0).all(2).any().item() for actions in given]
+    assert dropped == [True, False]
+
+
+@pytest.mark.parametrize("draws", [lambda world: world(video()), lambda world: world.rollout(
+    video()[:, :, :1], world.lam.encode(video())[0], steps=1)])
+def test_unseeded_noise_leaves_the_callers_generator_seeded(draws):
+    after = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        draws(small_world(seed=7))
+        after.append(torch.rand(1))
+    assert torch.equal(*after)
+
+
 @pytest.mark.parametrize("off, want", [(0.0, 0.0), (0.5, 0.25)])
 def test_flow_is_the_mean_square_distance_from_the_exact_velocity(off, want):
     world, x = small_world(), video(8)
@@ -697,7 +718,8 @@ def test_dit_computes_what_open_sora_does(causal, masked):
     assert torch.allclose(velocity.transpose(1, 2)[noised], want.transpose(1, 2)[noised], atol=1e-5)
 
 
-@pytest.mark.parametrize("shift, name", [(False, "out.causal_sample"), (True, "out.causal_sample_shifted")])
+@pytest.mark.parametrize("shift, name", [("none", "out.causal_sample"),
+                                         ("auto", "out.causal_sample_shifted")])
 def test_sampler_computes_what_open_sora_does(shift, name):
     io, dit = load_file(f"{STDIT}/io.safetensors"), load_opensora(STDIT, action_dim=0)
     y = sample(dit, io["in.noise"], context=1, shift=shift, fps=io["in.fps"])
@@ -1627,6 +1649,28 @@ def test_ranks_share_each_batch_of_a_mixture(mixture):
         assert torch.equal(whole[key], torch.cat([part[key] for part in parts])), key
 
 
+@pytest.mark.parametrize("data", ["mixture", "robots"])
+def test_another_clip_is_of_the_same_source_and_another_episode(data, mixture):
+    # in 20 clips of these, some are alone of their source
+    dataset = mixture if data == "mixture" else ToyClips("robots", 8, 4)
+    for i in range(20):
+        j = another(dataset, i)
+        assert j > i
+        (source, episode), (other_source, other_episode) = dataset.origin(i), dataset.origin(j)
+        assert other_source == source
+        alone = data == "mixture" and source == 1               # the white film is the only one of its source
+        assert alone or other_episode != episode
+
+
+def test_where_a_source_has_one_clip_another_is_itself(tmp_path):
+    write_film(tmp_path / "short.mp4", shades(4))
+    short = clips(f"a:{tmp_path}/short.mp4", 8, 4, split="all")
+    lonely = Mixture(["a", "b"], [short, ToyClips("cross", 8, 4)], [1e-9, 1.0])
+    assert another(short, 3) == 4
+    lonely.which = lambda indices: np.array([int(i != 3) for i in indices])
+    assert another(lonely, 3) == 3
+
+
 @pytest.mark.parametrize("text, words", [
     pytest.param("/no/such", "no such file", id="no-such-file"),
     pytest.param("{}@fps", "options read", id="option-without-value"),
@@ -2074,6 +2118,31 @@ def test_a_world_that_ignores_actions_dreams_equally_well_with_any():
     assert len(shown) == 3                      # the true videos, and the dreams of two variants
 
 
+def test_the_loss_is_measured_on_clips_as_long_as_those_of_training():
+    world, seen = small_world(), []
+    world.cfg.window = 1                        # trained on two frames
+    world.dit.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
+    found = loss_by_time(world, ToyClips("robots", 8, 6, split="heldout"), 70)
+    assert set(seen) == {2}
+    alone = loss_by_time(world, ToyClips("robots", 8, 2, split="heldout"), 70)
+    assert found == pytest.approx(alone)
+
+
+def test_the_loss_of_another_seed_is_that_of_other_clips():
+    world, clips = small_world(), ToyClips("robots", 8, 6, split="heldout")
+    world.cfg.window = 5
+    assert loss_by_time(world, clips, 8)["loss"] != loss_by_time(world, clips, 8, seed=1)["loss"]
+
+
+def test_more_joint_codes_than_an_integer_holds_are_counted():
+    codes = torch.randint(0, 32, (500, 64), generator=seeded())         # 32 ** 64 joint codes
+    codes[250:] = codes[:250]
+    found = joint_codes(codes)
+    assert torch.equal(found[250:], found[:250])
+    assert found.max() == 249
+    assert nmi(found, found % 2) > 0.4
+
+
 def test_adapter_learns_codes_from_real_actions():
     torch.manual_seed(0)
     adapter = Adapter(3, LAMConfig(num_codes=8, tokens=2))
@@ -2302,6 +2371,30 @@ def test_each_phase_trains_its_groups_and_leaves_the_rest_bit_equal(arm, trained
             else:                               # three steps do not reach what starts behind zeros
                 assert sum(moved) > len(moved) / 2, f"{phase} has not trained {name}"
         before = after
+
+
+@pytest.mark.parametrize("run, depth", [("two", 1), ("joint", 0)])
+def test_a_second_stage_has_the_fdm_that_its_lam_was_trained_with_or_none(run, depth, trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    built = build(parse(["--mode", "two-stage", "--lam_steps", "0", "--init_lam", f"out/{run}"])).lam
+    assert built.cfg.fdm_depth == depth
+    want = load_checkpoint(f"out/{run}")["lam"]
+    assert built.state_dict().keys() == want.keys()
+    assert [k for k, v in built.state_dict().items() if not torch.equal(v, want[k])] == []
+
+
+def test_a_phases_last_line_compares_the_gradients_of_its_last_two_steps(tmp_path, monkeypatch):
+    """20 steps, logged at 8, 16 and, the end, at 20"""
+    seen = {}
+
+    def log(watch):
+        seen[watch.run.step] = list(watch.grads)
+        return numbers(watch)
+    numbers = train.Watch.numbers
+    monkeypatch.setattr(train.Watch, "numbers", log)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--name", "g", "--pretrain", "0", "--warmup", "0", "--e2e", "20", *SMALL, "--log_every", "8"])
+    assert seen == {8: [7, 8], 16: [15, 16], 20: [19, 20]}
 
 
 @pytest.mark.parametrize("part", ["lam", "dit"])
@@ -2920,6 +3013,11 @@ def test_prediction_has_a_row_for_each_robot_and_variant(judged):
     assert set(rows) == {f"{robot} {variant}" for robot in toy.EMBODIMENTS for variant in VARIANTS}
 
 
+@pytest.mark.parametrize("kind", ["inferred", "none"])
+def test_the_loss_has_a_row_with_actions_and_one_without(kind, judged):
+    assert len(judged.results["tables"]["loss"][f"tank {kind}"]["loss"]) == 2
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dreams_are_measured_for_each_seed(variant, judged):
     row = judged.results["tables"]["predict"][f"held-out {variant}"]
@@ -3199,6 +3297,7 @@ def two_runs(tmp_path, monkeypatch):
         tables = {"predict": {"inferred": {"psnr": values}}}
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps({"tables": tables}))
+    return tmp_path
 
 
 def compared(a, b, capsys):
@@ -3226,6 +3325,16 @@ def test_sets_of_runs_are_compared_by_the_runs_means(two_runs, capsys):
     assert row["A"] == "22.167 +- 0.707"                        # of 65/3 and 68/3
     assert row["B"] == "22.667 +- 0.000"
     assert row["n"] == "2.000"
+
+
+def test_what_has_no_value_is_left_out_of_a_comparison(two_runs, capsys):
+    needs("scipy")
+    for name in ("a", "b"):
+        file = two_runs / name / "results.json"
+        tables = json.loads(file.read_text())["tables"]
+        tables["predict"]["inferred"]["seconds"] = []           # random actions take no plan, say
+        file.write_text(json.dumps({"tables": tables}))
+    assert compared("a,b", "b,b", capsys)["paired"] == "predict inferred psnr"
 
 
 @pytest.mark.parametrize("sets", [("a,a-1", "b"), ("b", "a-1")])
@@ -3282,6 +3391,18 @@ def test_cem_finds_the_higher_hill_from_a_start_nearer_to_the_lower():
     found = plan.cem(two_hills, torch.zeros(1, 2), torch.ones(2), samples=500, iterations=8, beta=0.0,
                      generator=seeded())
     assert torch.allclose(found, torch.full((1, 2), 0.8), atol=0.1)
+
+
+def test_cem_within_bounds_looks_at_most_half_of_the_way_to_the_nearer_bound():
+    seen = []
+
+    def score(x):
+        seen.append(x)
+        return near_target(x)
+    plan.cem(score, torch.tensor([[0.0, 0.9]]), torch.tensor([2.0, 2.0]), 4000, iterations=1, bounded=True,
+             beta=0.0, generator=seeded())
+    spread = (seen[0][:, 0] - torch.tensor([0.0, 0.9])).clamp(max=0).square().mean(0) * 2     # the half below
+    assert torch.allclose(spread.sqrt(), torch.tensor([0.5, 0.05]), rtol=0.05)
 
 
 def test_mppi_finds_an_optimum_over_warm_starts():
@@ -3533,6 +3654,20 @@ def test_robodesks_start_alike_and_act_apart(desks):
     after = desks.step(ACTIONS)
     assert np.array_equal(start[0], start[1])
     assert not np.array_equal(after[0], after[1])
+
+
+def test_an_episode_on_a_robodesk_begins_after_a_zero_action_as_in_vp2(desks, monkeypatch):
+    took, start = [], desks.get_state()
+    env = desk.Desk(1)
+    env.set_state(start[:1])
+    step = env.step
+    monkeypatch.setattr(env, "step", lambda actions: took.append(actions) or step(actions))
+    problem = (lambda n: env), None, env.render()[0]
+    episode = plan.Episode(plan.parse(["--random", "--env", "robodesk"]), "cpu", lambda make: None, None,
+                           problem, 0)
+    assert [a.tolist() for a in took] == [[[0.0] * 5]]
+    assert len(episode.past) == 0                               # it is not counted
+    assert np.array_equal(episode.frames[0], env.render()[0])
 
 
 def test_what_a_robodesk_does_shows(desks):
