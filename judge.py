@@ -6,6 +6,8 @@ controls: with another clip's actions, with none, and the first frame held still
 Paper: section 4.1 (metrics), appendix C.1 (protocols).
 """
 
+import warnings
+
 import imageio.v3 as imageio
 import numpy as np
 import torch
@@ -25,7 +27,18 @@ class Lpips:
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with AlexNet, times 100, mean over frames."""
 
     def __init__(self, device):
-        self.net = optional("lpips").LPIPS(net="alex", verbose=False).to(device)
+        try:
+            package = optional("lpips")
+        except RuntimeError:
+            # PyPI's torchvision is built for CUDA: beside a CPU build of torch its import fails for want of
+            # two operators, which LPIPS does not use
+            for name in ("nms", "qnms"):
+                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{name}", signature)
+            package = optional("lpips")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # it calls torchvision in an older way
+            self.net = package.LPIPS(net="alex", verbose=False).to(device)
 
     def __call__(self, a, b):
         """Videos (b, 3, t, h, w) in [-1, 1] -> (b,)"""

@@ -46,14 +46,14 @@ import train
 import weights
 from checkpoint import LatentCache, build, load_checkpoint, load_world
 from config import Config, Phase, adopt, parse
-from conftest import (DAMAGES, counting, damage, lerobot, moving_squares, needs, released, robomimic,
-                      shades, told, write_actions, write_film)
+from conftest import (DAMAGES, counting, damage, lerobot, lpips_weights, moving_squares, needs, released,
+                      robomimic, shades, told, write_actions, write_film)
 from data import Mixture, ToyClips, another, clips, loader, program, random_crop, to_video
 from dit import DiT, DiTConfig, load_opensora
 from episodes import Episodes
 from flow import Draw, FlowConfig, World, sample, shift_time, time_ratio
 from formats import UserError, inspect_video, read_video
-from judge import align, loss_by_time, predict, video_measures
+from judge import Lpips, align, loss_by_time, predict, video_measures
 from lam import Adapter, LAM, LAMConfig, Standardize, resize
 from metrics import (cka, codebook_metrics, collapsed, frechet, joint_codes, nmi, paired_t, probe, psnr,
                      ssim, wilson)
@@ -3209,6 +3209,39 @@ def test_an_adaptation_that_fails_says_why_in_one_line(trainings):
     trainings.status, trainings.stderr = 1, "warning\ntrain.py: no room\n"
     with pytest.raises(UserError, match="^adaptation failed: train.py: no room$"):
         adapt()
+
+
+# LPIPS for real
+
+
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory):
+    """The measure, with its real network, and the heads of that as another package has them"""
+    needs("lpips")
+    folder = tmp_path_factory.mktemp("lpips")
+    heads = lpips_weights(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder))
+        return Lpips("cpu"), heads
+
+
+def still(name):
+    """An image of the LPIPS repository as a video of two equal frames (1, 3, 2, 64, 64)"""
+    image = imageio.imread(os.path.join(HERE, "assets", "fixtures", "lpips", f"{name}.png"))
+    return to_video(torch.from_numpy(image)[None, None].expand(1, 2, *image.shape))
+
+
+@pytest.mark.parametrize("name, distance", [("ex_p0", 72.2), ("ex_p1", 13.8), ("ex_ref", 0.0)])
+@torch.no_grad()
+def test_lpips_of_its_repositorys_images_is_what_that_says(name, distance, lpips):
+    measure, _ = lpips
+    assert measure(still("ex_ref"), still(name)).tolist() == pytest.approx([distance], abs=0.05)
+
+
+def test_lpips_has_the_heads_that_another_port_has(lpips):
+    measure, heads = lpips
+    for lin, head in zip(measure.net.lins, heads, strict=True):
+        assert torch.equal(lin.model[-1].weight, head)
 
 
 # LPIPS and FVD, by networks of a few lines behind the interfaces of the real ones
