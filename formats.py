@@ -289,12 +289,17 @@ class LeRobot:
         return first
 
 
+def base_of(source):
+    """The folder from which the files of a source are named"""
+    return source if os.path.isdir(source) else os.path.dirname(source)
+
+
 def index(root, files, inspect):
     """{file: what `inspect` says of it, or {"error": why it cannot}}, kept beside the source, else in `out`
 
     It is renewed for files whose size or time of change differs. Other processes wait for the one that does.
     """
-    base = os.path.abspath(root) if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
+    base = os.path.abspath(base_of(root))
     folder, name = base, f".cola-index-{inspect.__name__}.json"
     if not os.access(folder, os.W_OK):
         folder, name = "out", f"{name}-{hashlib.sha256(base.encode()).hexdigest()[:12]}"

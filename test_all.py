@@ -5,8 +5,10 @@ python -m pytest -q -n 2 --dist loadgroup test_all.py
 
 import ast
 import contextlib
+import errno
 import functools
 import glob
+import hashlib
 import io
 import json
 import os
@@ -1192,10 +1194,62 @@ def test_a_film_too_short_for_a_clip_is_skipped_with_the_reason(films):
     assert "3 frames, too short" in skipped[str(films / "a-short.gif")]
 
 
-@pytest.mark.parametrize("split, names", [("train", ["a.mp4", "b.webm"]), ("heldout", ["c.gif"])])
-def test_of_a_folder_of_films_the_last_is_held_out(split, names, films):
-    source = Episodes(str(films), 20, 8, split=split)
-    assert [os.path.basename(episode.file) for episode in source.episodes] == names
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A folder with two subfolders of 40 films each, named after what is in them"""
+    folder = tmp_path_factory.mktemp("many")
+    write_film(folder / "film.mp4", shades(8))
+    for i in range(80):
+        file = folder / ("push", "slide")[i // 40] / f"{i:02d}.mp4"
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "film.mp4", file)
+    os.remove(folder / "film.mp4")
+    return folder
+
+
+def parts(path, **options):
+    """The names of the episodes of a source that are trained on, and of those that are held out"""
+    return [{episode.name for episode in Episodes(str(path), 8, 2, split=split, **options).episodes}
+            for split in ("train", "heldout")]
+
+
+def share(name):
+    """What decides on an episode, written anew: its hash as a fraction of the largest one"""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) / 16 ** 64
+
+
+def test_about_a_tenth_of_a_folder_of_films_is_held_out_by_their_names(many):
+    every = {f"{('push', 'slide')[i // 40]}/{i:02d}.mp4" for i in range(80)}
+    held = {name for name in every if share(name) < 0.1}
+    assert 4 <= len(held) <= 12
+    assert {name[0] for name in held} == {"p", "s"}             # whatever the alphabet
+    assert parts(many) == [every - held, held]
+
+
+def test_another_place_seed_or_order_holds_out_the_same_films(many, tmp_path, monkeypatch):
+    other = shutil.copytree(many, tmp_path / "elsewhere/other name", ignore=shutil.ignore_patterns(".cola*"))
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: sorted(listed(folder), key=share))
+    assert parts(other, seed=3) == parts(many)
+
+
+def test_a_film_stays_in_its_part_when_others_are_added(many, tmp_path):
+    grown = shutil.copytree(many, tmp_path / "grown")
+    for i in range(80, 120):
+        shutil.copy(many / "push/00.mp4", grown / f"{i}.mp4")
+    for before, after in zip(parts(many), parts(grown)):
+        assert {name for name in after if "/" in name} == before
+
+
+@pytest.mark.parametrize("names, held", [
+    pytest.param("abcdefgu", "du", id="those-below-a-tenth"),   # 0.79 0.24 0.18 0.096 0.25 0.15 0.80 0.05
+    pytest.param("abcefg", "f", id="none-is-the-smallest-goes"),
+    pytest.param("psu", "su", id="all-are-the-largest-stays"),  # 0.08 0.02 0.05
+])
+def test_of_few_episodes_some_are_held_out_and_some_trained_on(names, held):
+    found = [episodes.Episode(name, name, {}, 0, 9) for name in names]
+    assert "".join(e.name for e in episodes.part_of(found, "heldout")) == held
+    assert {e.name for e in episodes.part_of(found, "train")} == set(names) - set(held)
 
 
 @pytest.mark.parametrize("split, half", [
@@ -1379,15 +1433,26 @@ def test_a_robomimic_file_that_does_not_tell_its_rate_is_taken_for_24(demos):
     assert (Episodes(str(demos), 32, 4, options=FRONT)[range(10)]["fps"] == 24).all()
 
 
-@pytest.mark.parametrize("split, n", [("train", 3), ("heldout", 1), ("all", 4)])
-def test_the_last_demonstration_is_held_out(split, n, demos):
-    assert len(Episodes(str(demos), 32, 4, split=split, options=FRONT).episodes) == n
+@pytest.mark.parametrize("camera", ["agentview_image", "wrist_image"])
+def test_demonstrations_are_held_out_one_by_one_whichever_the_camera(camera, demos):
+    robomimic(demos / "f.hdf5", 16)
+    every = {f"a.hdf5:demo_{i}" for i in range(4)} | {f"f.hdf5:demo_{i}" for i in range(16)}
+    held = {name for name in every if share(name) < 0.1}
+    assert {name[0] for name in held} == {"a", "f"}
+    assert parts(demos, options={"camera": camera}) == [every - held, held]
+
+
+def test_a_file_of_demonstrations_is_divided_alone_as_in_its_folder(demos):
+    robomimic(demos / "f.hdf5", 16)
+    alone, together = (parts(demos / name, options=FRONT) for name in ("a.hdf5", ""))
+    assert alone == [{name for name in part if name[0] == "a"} for part in together]
+    assert alone[1] == {"a.hdf5:demo_3"}
 
 
 def test_a_split_of_the_files_own_can_be_chosen(demos):
     source = clips(f"{demos}/a.hdf5@camera=agentview_image@split=train", 32, 4)
     names = [episode.key.split("/")[1] for episode in source.episodes]
-    assert names == ["demo_0", "demo_2"]                        # demo_3, its last, is held out
+    assert names == ["demo_0", "demo_2"]                        # demo_3 is held out
 
 
 def test_a_demonstration_without_images_is_skipped_with_the_reason(demos):
@@ -1445,12 +1510,22 @@ def test_a_folder_of_lerobots_is_known_by_its_metadata(lerobot_set):
 
 
 @pytest.mark.parametrize("split, want", [("train", [15, 12]), ("heldout", [13]), ("all", [15, 12, 13])])
-def test_the_last_lerobot_episode_is_held_out(split, want, lerobot_set):
+def test_a_lerobot_episode_is_held_out_by_its_number_in_both_versions(split, want, lerobot_set):
     assert lengths(clips(lerobot_set, 32, 5, split=split)) == want
+    assert min(range(3), key=lambda number: share(f"episode {number}")) == 2    # 13 frames
 
 
 def test_a_split_of_lerobots_own_can_be_chosen(lerobot_set):
     assert lengths(clips(f"{lerobot_set}@split=train", 32, 5, split="all")) == [15, 12]
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_each_lerobot_episode_that_is_too_short_is_counted(version, tmp_path):
+    """In version 3 the first two share a video."""
+    needs("pyarrow")
+    lerobot(tmp_path / "set", version, (5, 6, 13))
+    skipped = clips(f"{tmp_path}/set", 32, 8, split="all").skipped
+    assert skipped == {f"{tmp_path}/set/episode {i}": f"{5 + i} frames, too short for a clip" for i in (0, 1)}
 
 
 def test_lerobot_clips_have_the_rate_of_the_metadata(lerobot_set):
@@ -1564,12 +1639,41 @@ def test_a_folder_that_a_link_leads_to_again_is_read_once(spaced):
     assert sorted(lengths(Episodes(str(spaced), 8, 4, split="all"))) == [16, 18, 20]
 
 
-def test_a_link_to_a_film_is_a_film_and_one_to_nowhere_is_skipped(spaced):
-    os.symlink("c.mp4", spaced / "d.mp4")
+def test_a_link_to_a_film_elsewhere_is_a_film_and_one_to_nowhere_is_skipped(spaced, films):
+    os.symlink(films / "a.mp4", spaced / "d.mp4")
     os.symlink("nowhere", spaced / "gone.mp4")
     source = Episodes(str(spaced), 8, 4, split="all")
-    assert sorted(lengths(source)) == [16, 16, 20]
+    assert sorted(lengths(source)) == [16, 20, 20]
     assert list(source.skipped) == [str(spaced / "gone.mp4")]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_film_counts_once_under_its_own_name_whatever_links_lead_to_it(link, spaced):
+    link(spaced / "c.mp4", spaced / "z.mp4")
+    os.symlink("c.mp4", spaced / "b.mp4")
+    source = Episodes(str(spaced), 8, 4, split="all")
+    assert [episode.name for episode in source.episodes] == ["a@b.mp4", "c.mp4"]
+
+
+def test_two_links_in_a_folder_to_one_folder_count_once(spaced, films):
+    for name in ("first", "second"):
+        os.symlink(films, spaced / name)
+    assert len(Episodes(str(spaced), 8, 8, split="all").episodes) == 2 + 3
+
+
+def test_a_folder_that_is_locked_is_counted_and_named(spaced, monkeypatch):
+    """Permissions do not stop root, as whom the tests may run."""
+    (spaced / "locked").mkdir()
+    listed = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return listed(folder)
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert Episodes(str(spaced), 8, 4).skipped == {f"{spaced}/locked": "Permission denied"}
+    with pytest.raises(UserError, match="no video.*locked: Permission denied"):
+        Episodes(str(spaced / "locked"), 8, 4)
 
 
 def test_two_films_of_the_same_size_and_time_are_not_taken_for_each_other(spaced):
