@@ -12,14 +12,13 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, base_of, first_line, frame_times,
-                     index, inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, speaks)
+                     index, inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, tell)
 
-TOLD = set()                # sources whose skipped files were listed
 KEPT = {}                   # decoded episodes of small sources
-MEMORY = 2 ** 30            # bytes: a source that takes less than a quarter of it, decoded and resized, stays
+MEMORY = 2 ** 30            # bytes for them; a source is small if it takes less than a quarter of it
 
 
 @dataclass
@@ -176,6 +175,8 @@ def lerobot_episodes(path, camera, split):
     optional("pyarrow.parquet")
     try:
         meta = LeRobot(path)
+        if camera in meta.images or meta.images and not meta.cameras:
+            raise UserError(f"--data {path}: {' '.join(meta.images)}: stored as images; only video is read")
         rows = meta.rows(choose_camera(path, meta.cameras, camera), split)
     except UserError:
         raise
@@ -284,13 +285,12 @@ class Episodes(Dataset):
         self.labelled = len(dims) == 1 and dims != {0}          # true actions are known
 
     def tell_skipped(self, every):
-        """Say once what is wrong with the files that are skipped."""
-        if not self.skipped or self.path in TOLD or not speaks():
+        """Say what is wrong with the files that are skipped."""
+        if not self.skipped:
             return
-        TOLD.add(self.path)
         some = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:5])
         more = "; ..." if len(self.skipped) > 5 else ""
-        print(f"data: {self.path}: skips {len(self.skipped)} of {every}: {some}{more}", file=sys.stderr)
+        tell(self.path, f"data: {self.path}: skips {len(self.skipped)} of {every}: {some}{more}")
 
     def starts_in(self, e):
         """At how many frames of an episode a clip may start. UserError: the file has too few a second."""
@@ -316,10 +316,10 @@ class Episodes(Dataset):
     def clip(self, e, start):
         """Frames (t, size, size, 3) uint8 of the clip that starts there; actions (t-1, a) float32, or None"""
         wanted = self.frames_from(e, start)
-        if self.quick:
-            key = (e.file, e.key, e.first, self.size, self.options.flip)
-            if key not in KEPT:
-                KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
+        key = (e.file, e.key, e.first, e.n, self.size, self.options.flip)
+        if self.quick and key not in KEPT and self.room():
+            KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
+        if key in KEPT:
             images = KEPT[key][wanted]
         else:
             images = e.read_frames(wanted, self.fit)
@@ -329,6 +329,11 @@ class Episodes(Dataset):
         if self.options.actions == "last":
             return images, np.stack([every[max(b - 1, 0)] for b in wanted[1:]])
         return images, np.stack([every[a:b].sum(0) for a, b in zip(wanted[:-1], wanted[1:])])
+
+    def room(self):
+        """Whether one more episode may stay in memory, which is shared by all sources and loader workers."""
+        workers = getattr(get_worker_info(), "num_workers", 1)
+        return sum(images.nbytes for images in KEPT.values()) < MEMORY / workers
 
     def fit(self, image):
         """An image (h, w, 3) as the clips have it: flipped, its centre square, resized"""
