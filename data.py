@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import toy
 from episodes import Episodes
-from formats import UserError, read_video, speaks
+from formats import UserError, read_video, speaks, whole
 
 TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
 
@@ -127,11 +127,9 @@ class Mixture(Dataset):
 
 
 def sources(data):
-    """The sources that `--data` names, one text each; a list is left as it is. UserError: an open quote."""
+    """The sources of a list, or of a text as the shell reads it, one text each. UserError: an open quote."""
     if isinstance(data, list):
         return data
-    if os.path.exists(data):                # it may have spaces in it
-        return [data]
     try:
         return shlex.split(data)
     except ValueError as error:
@@ -139,7 +137,10 @@ def sources(data):
 
 
 def parse_source(text):
-    """`[NAME:]PATH[@OPTION...][:WEIGHT]` -> name, path, options {name: text}, weight or None"""
+    """`[NAME:]PATH[@OPTION...][:WEIGHT]` -> name, path, options {name: text}, weight or None
+
+    Where PATH itself has an @ or a colon in it, the longest one that is there is taken.
+    """
     if os.path.exists(text) or text in TOY:
         return os.path.basename(os.path.normpath(text)), text, {}, None
     body, _, last = text.rpartition(":")
@@ -149,21 +150,25 @@ def parse_source(text):
         weight = None
     if weight is None:
         body = text
-    elif not 0 < weight < float("inf"):
-        raise UserError(f"--data {text}: a weight must be above 0")
-    name, _, place = body.partition(":")
-    path, *options = (place or body).split("@")
+    elif not 0 < weight < 1e9:
+        raise UserError(f"--data {text}: a weight must be above 0, and below 1e9")
+    pieces = body.split("@")
+    for n in range(len(pieces), 0, -1):
+        place, options = "@".join(pieces[:n]), pieces[n:]
+        name, _, path = place.partition(":")
+        if os.path.exists(place) or not path:                   # no NAME: the path's own
+            name, path = os.path.basename(os.path.normpath(place)), place
+        if os.path.exists(path):
+            break
     if any("=" not in option for option in options):
         raise UserError(f"--data {text}: options read @NAME=VALUE")
-    if not place:                           # no NAME: the path's own
-        name = os.path.basename(os.path.normpath(path))
     return name, path, dict(option.split("=", 1) for option in options), weight
 
 
 def clips(data, size, frames, seed=0, split="train"):
     """The dataset that `--data` names: one source, or several by weight (equal ones where none are given)."""
-    names, made, weights = [], [], []
-    for name, path, options, weight in map(parse_source, sources(data)):
+    names, made, weights, data = [], [], [], sources(data)
+    for name, path, options, weight in map(parse_source, data):
         names.append(name)
         weights.append(weight)
         if path in TOY and not options:
@@ -173,9 +178,9 @@ def clips(data, size, frames, seed=0, split="train"):
     if not made:
         raise UserError("--data: no source given")
     if len(set(names)) < len(names):
-        raise UserError(f"--data {data}: two sources have the same name; give them names, NAME:PATH")
+        raise UserError(f"--data {' '.join(data)}: two sources of the same name; give them names, NAME:PATH")
     if None in weights and any(weights):
-        raise UserError(f"--data {data}: give all sources a weight, or none")
+        raise UserError(f"--data {' '.join(data)}: give all sources a weight, or none")
     if len(made) == 1:
         return made[0]
     return Mixture(names, made, [weight or 1 for weight in weights], seed)
@@ -256,7 +261,11 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
                 numbers = clip["actions"][0, t][:4].tolist()
                 write.text((x, y + side + 12), " ".join(f"{a:+.2f}" for a in numbers), "black")
         pages.append(np.asarray(page))
-    imageio.imwrite(path, np.stack(pages), duration=250, loop=0)
+    try:
+        with whole(path) as part, open(part, "wb") as f:
+            f.write(imageio.imwrite("<bytes>", np.stack(pages), extension=".gif", duration=250, loop=0))
+    except OSError as error:
+        raise UserError(f"--peek {path}: {error.strerror}") from None
 
 
 COLUMNS = {"source": "<16", "kind": "<8", "episodes": ">8", "frames": ">9", "hours": ">7", "pixels": ">16",
@@ -316,15 +325,15 @@ def main(argv):
     parser.add_argument("--peek", metavar="GIF", help="write what training will see")
     parser.add_argument("--stats", action="store_true", help="print what there is")
     args = parser.parse_args(argv)
-    if args.frames < 2 or args.size < 1:
-        parser.error("--frames must be at least 2, --size at least 1")
-    if args.peek and not (args.peek.endswith(".gif") and os.path.isdir(os.path.dirname(args.peek) or ".")):
-        parser.error(f"--peek {args.peek}: takes the name of a .gif in a folder that is there")
-    data = shlex.join(args.data)
+    if args.frames < 2 or args.size < 1 or 48 * args.frames * args.size ** 2 > 2 ** 32:
+        parser.error("--frames must be at least 2, --size at least 1, and 16 such clips at most 4 GiB")
+    folder = os.path.dirname(args.peek or "") or "."
+    if args.peek is not None and not (args.peek.endswith(".gif") and os.access(folder, os.W_OK)):
+        parser.error(f"--peek {args.peek}: takes the name of a .gif in a folder that can be written")
     if args.stats or not args.peek:
-        stats(data, args.size, args.frames)
+        stats(args.data, args.size, args.frames)
     if args.peek:
-        dataset = clips(data, args.size, args.frames)
+        dataset = clips(args.data, args.size, args.frames)
         names = dataset.names if hasattr(dataset, "names") else [parse_source(args.data[0])[0]]
         peek(args.peek, dataset, names)
 

@@ -4,6 +4,7 @@ Plain videos, HDF5 in robomimic's layout and LeRobot data all come down to a lis
 used is skipped and counted, with the reason; a file that goes bad later costs its clips, not the run.
 """
 
+import hashlib
 import os
 import sys
 from dataclasses import dataclass, fields, replace
@@ -11,18 +12,18 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, first_line, frame_times, index,
-                     inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, speaks)
+from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, base_of, first_line, frame_times,
+                     index, inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, tell)
 
-TOLD = set()                # sources whose skipped files were listed
 KEPT = {}                   # decoded episodes of small sources
-MEMORY = 2 ** 30            # bytes: a source that takes less than a quarter of it, decoded and resized, stays
+MEMORY = 2 ** 30            # bytes for them; a source is small if it takes less than a quarter of it
 
 
 @dataclass
 class Episode:
+    name: str               # within its source, whichever the camera: its file, and what it is called in it
     file: str               # a video, or HDF5
     info: dict              # what the index says of the file: `n`, `fps`, `pts`, ...
     first: int              # where the episode starts in the file
@@ -72,28 +73,45 @@ def find_episodes(path, camera=None, split=None):
         raise UserError(f"--data {path}: no such file or folder")
     if os.path.isfile(os.path.join(path, "meta", "info.json")):
         return "LeRobot", *lerobot_episodes(path, camera, split)
-    single = os.path.isfile(path)
-    files = [path] if single else sorted(files_in(path))
+    single, unseen = os.path.isfile(path), {}
+    files = [path] if single else sorted(files_in(path, unseen))
     hdf5 = [file for file in files if file.lower().endswith(HDF5_ENDINGS)]
     if hdf5:
-        return "HDF5", *hdf5_episodes(path, hdf5, camera, split)
+        episodes, skipped = hdf5_episodes(path, hdf5, camera, split)
+        return "HDF5", episodes, unseen | skipped
     if split or camera:
         raise UserError(f"--data {path}: plain videos have no @split and no @camera")
     videos = files if single else [file for file in files if file.lower().endswith(VIDEO_ENDINGS)]
     if not videos:
-        endings = " ".join(VIDEO_ENDINGS)
-        raise UserError(f"--data {path}: no video ({endings}), HDF5 or LeRobot data in this folder")
-    return "video", *video_episodes(path, videos)
+        endings, why = " ".join(VIDEO_ENDINGS), "".join(f"; {name}: {why}" for name, why in unseen.items())
+        raise UserError(f"--data {path}: no video ({endings}), HDF5 or LeRobot data in this folder{why}")
+    episodes, skipped = video_episodes(path, videos)
+    return "video", episodes, unseen | skipped
 
 
-def files_in(path):
-    """Files in a folder and its subfolders, links followed once; nothing hidden."""
-    seen = {os.path.realpath(path)}
-    for folder, inner, names in os.walk(path, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if name[0] != "."}
-        inner[:] = [name for name in sorted(real) if real[name] not in seen]    # where os.walk goes next
-        seen |= set(real.values())
-        yield from (os.path.join(folder, name) for name in names if name[0] != ".")
+def files_in(path, skipped):
+    """Files in a folder and its subfolders, each once, whatever links lead to it; nothing hidden.
+
+    Links come last, so that a new one does not rename what was there. What cannot be listed goes into
+    `skipped`: {folder or link: why}.
+    """
+    seen, places, links = set(), [path], []
+    while places or links:
+        place = places.pop() if places else links.pop()
+        try:
+            there = os.stat(place)
+            names = os.listdir(place) if os.path.isdir(place) else None
+        except OSError as error:
+            skipped[place] = error.strerror
+            continue
+        if (there.st_dev, there.st_ino) in seen:
+            continue
+        seen.add((there.st_dev, there.st_ino))
+        if names is None:
+            yield place
+            continue
+        for inner in (os.path.join(place, name) for name in sorted(names, reverse=True) if name[0] != "."):
+            (links if os.path.islink(inner) else places).append(inner)
 
 
 def choose_camera(path, cameras, wanted):
@@ -111,12 +129,13 @@ def video_episodes(path, files):
     """Each file an episode: list of Episode, and {file: why it is skipped}"""
     episodes, skipped = [], {}
     for file, info in index(path, files, inspect_video).items():
+        name = os.path.relpath(file, base_of(path))
         if "error" in info:
             skipped[file] = info["error"]
             continue
         rows, dims = info["actions"] or (info["n"], 0)
         if rows in (info["n"] - 1, info["n"]):
-            episodes.append(Episode(file, info, 0, info["n"], dims, (side_file(file), None)))
+            episodes.append(Episode(name, file, info, 0, info["n"], dims, (side_file(file), None)))
         else:
             skipped[file] = f"{rows} actions beside {info['n']} frames"
     return episodes, skipped
@@ -146,7 +165,8 @@ def hdf5_episodes(path, files, camera, split):
                 continue
             info = {"n": n, "fps": fps, "pts": [0, 1], "regular": True, "base": 1 / fps, "hw": demo["hw"]}
             actions, images = (file, f"data/{name}/actions"), f"data/{name}/obs/{view}"
-            episodes.append(Episode(file, info, 0, n, shape[1] if shape else 0, actions, images))
+            inside = f"{os.path.relpath(file, base_of(path))}:{name}"
+            episodes.append(Episode(inside, file, info, 0, n, shape[1] if shape else 0, actions, images))
     return episodes, skipped
 
 
@@ -155,6 +175,8 @@ def lerobot_episodes(path, camera, split):
     optional("pyarrow.parquet")
     try:
         meta = LeRobot(path)
+        if camera in meta.images or meta.images and not meta.cameras:
+            raise UserError(f"--data {path}: {' '.join(meta.images)}: stored as images; only video is read")
         rows = meta.rows(choose_camera(path, meta.cameras, camera), split)
     except UserError:
         raise
@@ -171,19 +193,31 @@ def lerobot_episodes(path, camera, split):
             skipped[f"{row.video}:{row.episode}"] = str(error)
             continue
         info = video | {"fps": meta.fps}
-        episodes.append(Episode(row.video, info, first, row.n, meta.dims, (row.table, row.episode)))
+        name, actions = f"episode {row.episode}", (row.table, row.episode)
+        episodes.append(Episode(name, row.video, info, first, row.n, meta.dims, actions))
     return episodes, skipped
 
 
 def part_of(episodes, split):
-    """The last tenth of the episodes, at least one, is held out; of a single one, its second half."""
-    if split == "all":
+    """Held out are the episodes whose lot is below a tenth; at least one is, and at least one is trained on.
+
+    An episode's lot comes from its name: neither other episodes nor their order, no seed and no place on the
+    disk move it to the other part. Of a single episode the second half is held out.
+    """
+    if split == "all" or not episodes:
         return episodes
     if len(episodes) == 1:
         half = episodes[0].n // 2
         return [replace(episodes[0], high=half) if split == "train" else replace(episodes[0], low=half)]
-    held = max(1, len(episodes) // 10)
-    return episodes[:-held] if split == "train" else episodes[-held:]
+    lots = sorted(map(lot, episodes))
+    held = sum(u < 0.1 for u in lots)
+    first = lots[min(max(held, 1), len(lots) - 1)]              # of those that are trained on
+    return [e for e in episodes if (lot(e) < first) == (split == "heldout")]
+
+
+def lot(episode):
+    """A number in [0, 1): the hash of its name"""
+    return int.from_bytes(hashlib.sha256(os.fsencode(episode.name)).digest(), "big") / 2 ** 256
 
 
 @dataclass
@@ -237,7 +271,7 @@ class Episodes(Dataset):
                 starts.append(n)
             else:
                 half = " for this half" if e.high - e.low < e.n else ""
-                name = f"{e.file}:{e.key}" if e.key else e.file
+                name = os.path.join(base_of(path), e.name)
                 self.skipped[name] = f"{e.high - e.low} frames{half}, too short for a clip"
         if not self.episodes:
             why = next((f": {name}: {why}" for name, why in self.skipped.items()), "")
@@ -251,13 +285,12 @@ class Episodes(Dataset):
         self.labelled = len(dims) == 1 and dims != {0}          # true actions are known
 
     def tell_skipped(self, every):
-        """Say once what is wrong with the files that are skipped."""
-        if not self.skipped or self.path in TOLD or not speaks():
+        """Say what is wrong with the files that are skipped."""
+        if not self.skipped:
             return
-        TOLD.add(self.path)
         some = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:5])
         more = "; ..." if len(self.skipped) > 5 else ""
-        print(f"data: {self.path}: skips {len(self.skipped)} of {every}: {some}{more}", file=sys.stderr)
+        tell(self.path, f"data: {self.path}: skips {len(self.skipped)} of {every}: {some}{more}")
 
     def starts_in(self, e):
         """At how many frames of an episode a clip may start. UserError: the file has too few a second."""
@@ -283,10 +316,10 @@ class Episodes(Dataset):
     def clip(self, e, start):
         """Frames (t, size, size, 3) uint8 of the clip that starts there; actions (t-1, a) float32, or None"""
         wanted = self.frames_from(e, start)
-        if self.quick:
-            key = (e.file, e.key, e.first, self.size, self.options.flip)
-            if key not in KEPT:
-                KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
+        key = (e.file, e.key, e.first, e.n, self.size, self.options.flip)
+        if self.quick and key not in KEPT and self.room():
+            KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
+        if key in KEPT:
             images = KEPT[key][wanted]
         else:
             images = e.read_frames(wanted, self.fit)
@@ -296,6 +329,11 @@ class Episodes(Dataset):
         if self.options.actions == "last":
             return images, np.stack([every[max(b - 1, 0)] for b in wanted[1:]])
         return images, np.stack([every[a:b].sum(0) for a, b in zip(wanted[:-1], wanted[1:])])
+
+    def room(self):
+        """Whether one more episode may stay in memory, which is shared by all sources and loader workers."""
+        workers = getattr(get_worker_info(), "num_workers", 1)
+        return sum(images.nbytes for images in KEPT.values()) < MEMORY / workers
 
     def fit(self, image):
         """An image (h, w, 3) as the clips have it: flipped, its centre square, resized"""

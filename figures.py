@@ -33,7 +33,8 @@ ALIGN = {"latent_var": "variance of latent actions", "cka": "CKA of latent actio
          "sensitivity": "change of velocity by swapped actions",
          "grad_cosine": "cosine of successive IDM gradients", "nmi": "NMI with the true action"}
 FORMAT = {"psnr": ".1f", "ssim": ".1f", "controllability": ".1f", "l1": ".3f", "l1_constant": ".3f",
-          "loss": ".3f", "sensitivity": ".3f", "latent_var": ".1e", "paper's l1": ".4f", "paper's average": ".4f"}
+          "loss": ".3f", "sensitivity": ".3f", "latent_var": ".1e", "paper's l1": ".4f",
+          "paper's average": ".4f"}
 VERDICTS = ("reproduced", "direction only", "not told apart", "not reproduced")
 
 

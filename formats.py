@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import json
 import os
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,10 +25,17 @@ av.logging.set_level(av.logging.PANIC)      # what is wrong with a file is said 
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
 HDF5_ENDINGS = (".hdf5", ".h5")
 UNKNOWN_FPS = 24.0                          # frames a second, where a file does not say
+VERSION = 2                                 # of the index: what another one says of a file is found out anew
+TOLD = set()                                # what was told about: sources, indices
+WRITE_EVERY = 20                            # seconds that a killed program may lose of its work on an index
 
 
 class UserError(Exception):
     """A user's mistake: one line that says what is wrong, where, and what would be right."""
+
+    def __str__(self):
+        """Without the traceback that torch puts before it when it comes from a loader's worker."""
+        return super().__str__().rpartition("formats.UserError: ")[2].rstrip()
 
 
 def first_line(error):
@@ -37,6 +46,13 @@ def first_line(error):
 def speaks():
     """Whether this process may print a user's mistake: one a node does, where torchrun starts several."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def tell(about, line):
+    """Say once what a run goes on without."""
+    if about not in TOLD and speaks():
+        print(line, file=sys.stderr)
+    TOLD.add(about)
 
 
 @contextlib.contextmanager
@@ -66,6 +82,8 @@ def inspect_video(file):
     Returns a dict: `n` frames, their times `pts` and `regular` (see `frame_times`), `base` (seconds in a unit
     of time), `fps`, `hw` (pixels), `actions` (shape of those beside it, or None).
     """
+    if is_cut(file):
+        raise UserError("its end is missing")
     pts = []
     with av.open(os.path.abspath(file)) as container:
         if not container.streams.video:
@@ -92,6 +110,26 @@ def inspect_video(file):
     return {"n": len(pts), "fps": round(fps, 4), "pts": [pts[0], int(steps[0])] if regular else pts,
             "regular": regular, "base": base, "hw": [h, w],
             "actions": list(read_side(side).shape) if side else None}
+
+
+def is_cut(file):
+    """Whether a file is shorter than it says: a cut MP4 does not decode, but others do, to a shorter film.
+
+    A Matroska file or an AVI whose writer was killed does not say how long it is.
+    """
+    size = os.path.getsize(file)
+    with open(file, "rb") as f:
+        head = f.read(4096)
+        f.seek(max(0, size - 1))
+        if head.startswith(b"GIF"):
+            return f.read() != b";"
+    if head.startswith(b"RIFF"):
+        return 8 + int.from_bytes(head[4:8], "little") > size
+    at = head.find(b"\x18\x53\x80\x67") + 4                     # Matroska: the length of its segment
+    width = 9 - int.from_bytes(head[at:at + 1], "big").bit_length()
+    unknown = 2 ** (7 * width) - 1
+    length = int.from_bytes(head[at:at + width], "big") & unknown
+    return at >= 4 and length != unknown and at + width + length > size
 
 
 def frame_times(info):
@@ -230,7 +268,8 @@ class LeRobot:
         if not self.old and not version.startswith("v3"):
             raise UserError(f"--data {root}: LeRobot {version}; v2.x and v3.0 can be read")
         features = self.info["features"]
-        self.cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
+        self.cameras, self.images = ([name for name, feature in features.items() if feature["dtype"] == kind]
+                                     for kind in ("video", "image"))
         self.dims = int(np.prod(features.get("action", {"shape": [0]})["shape"]))
 
     def place(self, pattern, **names):
@@ -289,45 +328,65 @@ class LeRobot:
         return first
 
 
+def base_of(source):
+    """The folder from which the files of a source are named"""
+    return source if os.path.isdir(source) else os.path.dirname(source)
+
+
 def index(root, files, inspect):
     """{file: what `inspect` says of it, or {"error": why it cannot}}, kept beside the source, else in `out`
 
     It is renewed for files whose size or time of change differs. Other processes wait for the one that does.
+    Where it cannot be written it is made again the next time.
     """
-    base = os.path.abspath(root) if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
+    base = os.path.abspath(base_of(root))
     folder, name = base, f".cola-index-{inspect.__name__}.json"
     if not os.access(folder, os.W_OK):
         folder, name = "out", f"{name}-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
-        os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name)
     keys = {file: os.path.relpath(file, base) for file in files}
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as lock:
+        with contextlib.suppress(OSError):                      # where there are no locks nobody waits
+            opened = os.open(base, os.O_RDONLY)
+            lock.callback(os.close, opened)
+            fcntl.flock(opened, fcntl.LOCK_EX)
         known = read_index(path)
         stamps = {file: stamp(file) for file in files}
         fresh = [file for file in files if known.get(keys[file], {}).get("stamp") != stamps[file]]
         title = f"index of {os.path.basename(os.path.abspath(root))}"
         hidden = True if len(fresh) < 20 else None              # None: unless on a terminal
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            infos = pool.map(lambda file: attempt(inspect, file), fresh)
+            infos, written = pool.map(lambda file: attempt(inspect, file), fresh), time.monotonic()
             for file, info in zip(fresh, tqdm(infos, title, len(fresh), disable=hidden, leave=False)):
                 known[keys[file]] = info | {"stamp": stamps[file]}
-        if fresh:
-            with whole(path) as part, open(part, "w") as f:
-                json.dump(known, f)
-    finally:
-        os.close(lock)
+                if file == fresh[-1] or time.monotonic() > written + WRITE_EVERY:
+                    write_index(path, known)
+                    written = time.monotonic()
     return {file: known[keys[file]] for file in files}
 
 
 def read_index(path):
-    """What an index file holds; nothing, where it is not there or damaged: it can be made again"""
+    """The records of an index that are whole and of our version: the others can be made again"""
     try:
         with open(path) as f:
-            return {key: info for key, info in json.load(f).items() if "stamp" in info}
+            return {key: info for key, (mark, info) in json.load(f).items() if mark == seal(info)}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
+
+
+def write_index(path, known):
+    """It saves time and nothing else, so that no run ends where it cannot be written."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with whole(path) as part, open(part, "w") as f:
+            json.dump({key: (seal(info), info) for key, info in known.items()}, f)
+    except (OSError, UserError) as error:
+        tell(path, f"data: the index {path} cannot be written ({first_line(error)})")
+
+
+def seal(info):
+    """What tells a record of an index that is whole, and of this version of what `inspect_*` return"""
+    return hashlib.sha256(json.dumps([VERSION, info], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp(file):

@@ -5,8 +5,10 @@ python -m pytest -q -n 2 --dist loadgroup test_all.py
 
 import ast
 import contextlib
+import errno
 import functools
 import glob
+import hashlib
 import io
 import json
 import os
@@ -34,6 +36,7 @@ from safetensors.torch import load_file, save_file
 
 import bench
 import checkpoint
+import data
 import desk
 import episodes
 import evaluate
@@ -1176,6 +1179,16 @@ def test_toy_clips_of_another_split_or_seed_are_others(other):
     assert not torch.equal(ToyClips("robots", 20, 4, **other)[[7]]["video"], clip)
 
 
+@pytest.mark.parametrize("make", [functools.partial(toy.robot_clips, "slide"), toy.web_clips],
+                         ids=["robots", "web"])
+def test_long_toy_clips_begin_as_short_ones_do(make):
+    """They take more random numbers than a world has at first."""
+    long, short = (make(range(3), 0, frames, 8) for frames in (500, 20))
+    for a, b in zip(long, short) if isinstance(long, tuple) else [(long, short)]:
+        assert len(a[0]) - len(b[0]) == 480
+        assert np.array_equal(a[:, :len(b[0])], b)
+
+
 def test_toy_robots_are_mixed_30_20_50():
     which = ToyClips("robots", 20, 4)[range(300)]["source"]
     share = torch.bincount(which) / 300
@@ -1214,10 +1227,62 @@ def test_a_film_too_short_for_a_clip_is_skipped_with_the_reason(films):
     assert "3 frames, too short" in skipped[str(films / "a-short.gif")]
 
 
-@pytest.mark.parametrize("split, names", [("train", ["a.mp4", "b.webm"]), ("heldout", ["c.gif"])])
-def test_of_a_folder_of_films_the_last_is_held_out(split, names, films):
-    source = Episodes(str(films), 20, 8, split=split)
-    assert [os.path.basename(episode.file) for episode in source.episodes] == names
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A folder with two subfolders of 40 films each, named after what is in them"""
+    folder = tmp_path_factory.mktemp("many")
+    write_film(folder / "film.mp4", shades(8))
+    for i in range(80):
+        file = folder / ("push", "slide")[i // 40] / f"{i:02d}.mp4"
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "film.mp4", file)
+    os.remove(folder / "film.mp4")
+    return folder
+
+
+def parts(path, **options):
+    """The names of the episodes of a source that are trained on, and of those that are held out"""
+    return [{episode.name for episode in Episodes(str(path), 8, 2, split=split, **options).episodes}
+            for split in ("train", "heldout")]
+
+
+def share(name):
+    """What decides on an episode, written anew: its hash as a fraction of the largest one"""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) / 16 ** 64
+
+
+def test_about_a_tenth_of_a_folder_of_films_is_held_out_by_their_names(many):
+    every = {f"{('push', 'slide')[i // 40]}/{i:02d}.mp4" for i in range(80)}
+    held = {name for name in every if share(name) < 0.1}
+    assert 4 <= len(held) <= 12
+    assert {name[0] for name in held} == {"p", "s"}             # whatever the alphabet
+    assert parts(many) == [every - held, held]
+
+
+def test_another_place_seed_or_order_holds_out_the_same_films(many, tmp_path, monkeypatch):
+    other = shutil.copytree(many, tmp_path / "elsewhere/other name", ignore=shutil.ignore_patterns(".cola*"))
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: sorted(listed(folder), key=share))
+    assert parts(other, seed=3) == parts(many)
+
+
+def test_a_film_stays_in_its_part_when_others_are_added(many, tmp_path):
+    grown = shutil.copytree(many, tmp_path / "grown")
+    for i in range(80, 120):
+        shutil.copy(many / "push/00.mp4", grown / f"{i}.mp4")
+    for before, after in zip(parts(many), parts(grown)):
+        assert {name for name in after if "/" in name} == before
+
+
+@pytest.mark.parametrize("names, held", [
+    pytest.param("abcdefgu", "du", id="those-below-a-tenth"),   # 0.79 0.24 0.18 0.096 0.25 0.15 0.80 0.05
+    pytest.param("abcefg", "f", id="none-is-the-smallest-goes"),
+    pytest.param("psu", "su", id="all-are-the-largest-stays"),  # 0.08 0.02 0.05
+])
+def test_of_few_episodes_some_are_held_out_and_some_trained_on(names, held):
+    found = [episodes.Episode(name, name, {}, 0, 9) for name in names]
+    assert "".join(e.name for e in episodes.part_of(found, "heldout")) == held
+    assert {e.name for e in episodes.part_of(found, "train")} == set(names) - set(held)
 
 
 @pytest.mark.parametrize("split, half", [
@@ -1401,15 +1466,26 @@ def test_a_robomimic_file_that_does_not_tell_its_rate_is_taken_for_24(demos):
     assert (Episodes(str(demos), 32, 4, options=FRONT)[range(10)]["fps"] == 24).all()
 
 
-@pytest.mark.parametrize("split, n", [("train", 3), ("heldout", 1), ("all", 4)])
-def test_the_last_demonstration_is_held_out(split, n, demos):
-    assert len(Episodes(str(demos), 32, 4, split=split, options=FRONT).episodes) == n
+@pytest.mark.parametrize("camera", ["agentview_image", "wrist_image"])
+def test_demonstrations_are_held_out_one_by_one_whichever_the_camera(camera, demos):
+    robomimic(demos / "f.hdf5", 16)
+    every = {f"a.hdf5:demo_{i}" for i in range(4)} | {f"f.hdf5:demo_{i}" for i in range(16)}
+    held = {name for name in every if share(name) < 0.1}
+    assert {name[0] for name in held} == {"a", "f"}
+    assert parts(demos, options={"camera": camera}) == [every - held, held]
+
+
+def test_a_file_of_demonstrations_is_divided_alone_as_in_its_folder(demos):
+    robomimic(demos / "f.hdf5", 16)
+    alone, together = (parts(demos / name, options=FRONT) for name in ("a.hdf5", ""))
+    assert alone == [{name for name in part if name[0] == "a"} for part in together]
+    assert alone[1] == {"a.hdf5:demo_3"}
 
 
 def test_a_split_of_the_files_own_can_be_chosen(demos):
     source = clips(f"{demos}/a.hdf5@camera=agentview_image@split=train", 32, 4)
     names = [episode.key.split("/")[1] for episode in source.episodes]
-    assert names == ["demo_0", "demo_2"]                        # demo_3, its last, is held out
+    assert names == ["demo_0", "demo_2"]                        # demo_3 is held out
 
 
 def test_a_demonstration_without_images_is_skipped_with_the_reason(demos):
@@ -1467,12 +1543,22 @@ def test_a_folder_of_lerobots_is_known_by_its_metadata(lerobot_set):
 
 
 @pytest.mark.parametrize("split, want", [("train", [15, 12]), ("heldout", [13]), ("all", [15, 12, 13])])
-def test_the_last_lerobot_episode_is_held_out(split, want, lerobot_set):
+def test_a_lerobot_episode_is_held_out_by_its_number_in_both_versions(split, want, lerobot_set):
     assert lengths(clips(lerobot_set, 32, 5, split=split)) == want
+    assert min(range(3), key=lambda number: share(f"episode {number}")) == 2    # 13 frames
 
 
 def test_a_split_of_lerobots_own_can_be_chosen(lerobot_set):
     assert lengths(clips(f"{lerobot_set}@split=train", 32, 5, split="all")) == [15, 12]
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_each_lerobot_episode_that_is_too_short_is_counted(version, tmp_path):
+    """In version 3 the first two share a video."""
+    needs("pyarrow")
+    lerobot(tmp_path / "set", version, (5, 6, 13))
+    skipped = clips(f"{tmp_path}/set", 32, 8, split="all").skipped
+    assert skipped == {f"{tmp_path}/set/episode {i}": f"{5 + i} frames, too short for a clip" for i in (0, 1)}
 
 
 def test_lerobot_clips_have_the_rate_of_the_metadata(lerobot_set):
@@ -1490,6 +1576,15 @@ def test_no_lerobot_clip_spans_two_episodes(lerobot_set, memory):
     assert (told(batch).diff(dim=1) == 1).all()
     assert (episode == episode[:, :1]).all()
     assert set(episode[:, 0].tolist()) == {0, 1}
+
+
+def test_a_lerobot_camera_that_is_stored_as_images_is_named(tmp_path):
+    needs("pyarrow")
+    (tmp_path / "meta").mkdir()
+    info = {"codebase_version": "v3.0", "fps": 10, "features": {"front": {"dtype": "image"}}}
+    (tmp_path / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="front: stored as images; only video is read"):
+        clips(str(tmp_path), 32, 5)
 
 
 def test_lerobot_metadata_that_are_broken_get_one_line(tmp_path):
@@ -1538,6 +1633,72 @@ def test_the_index_is_renewed_for_a_changed_film_and_for_changed_actions(copied,
     assert sorted(looked) == ["a.mp4", "b.webm"]
 
 
+INDEX = ".cola-index-inspect_video.json"
+
+
+@pytest.mark.parametrize("damage", [
+    pytest.param("record[1].pop('fps')", id="lacks-a-key"),
+    pytest.param("record[1]['pts'] = 3", id="another-type"),
+    pytest.param("record[1]['n'] += 1", id="another-value"),
+])
+def test_a_record_of_the_index_that_was_changed_is_made_again(damage, copied, looked):
+    before = lengths(Episodes(str(copied), 8, 8))
+    looked.clear()
+    records = json.loads((copied / INDEX).read_text())
+    exec(damage, {"record": records["b.webm"]})
+    (copied / INDEX).write_text(json.dumps(records))
+    assert lengths(Episodes(str(copied), 8, 8)) == before
+    assert looked == ["b.webm"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a.mp4": {"stamp": []}}', '{"a.mp4": [null, null]}'])
+def test_an_index_of_another_structure_is_made_again(text, copied, looked):
+    (copied / INDEX).write_text(text)
+    Episodes(str(copied), 8, 8)
+    assert len(looked) == 4
+
+
+def test_an_index_of_another_version_is_made_again(copied, looked, monkeypatch):
+    Episodes(str(copied), 8, 8)
+    looked.clear()
+    monkeypatch.setattr(formats, "VERSION", 99)
+    Episodes(str(copied), 8, 8)
+    assert len(looked) == 4
+
+
+@pytest.mark.parametrize("place", ["taken", "full", "read-only"])
+def test_an_index_that_cannot_be_written_is_told_once_and_ends_nothing(place, copied, tmp_path, monkeypatch,
+                                                                       capsys):
+    monkeypatch.chdir(tmp_path)
+    if place == "taken":
+        (copied / INDEX).mkdir()
+    elif place == "full":
+        os.symlink("/dev/full", copied / f"{INDEX}.part")
+    else:                                   # and `out` cannot be made
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        (tmp_path / "out").write_text("")
+    for split in ("train", "heldout"):
+        assert Episodes(str(copied), 8, 8, split=split).episodes
+    told_lines = [line for line in capsys.readouterr().err.splitlines() if "skips" not in line]
+    assert len(told_lines) == 1
+    assert "cannot be written" in told_lines[0]
+    assert not os.path.lexists(copied / f"{INDEX}.part")
+
+
+def test_an_index_is_written_as_it_grows(copied, monkeypatch):
+    """What was looked at before the program was killed is not lost."""
+    @functools.wraps(inspect_video)
+    def look(file):
+        if file.endswith("c.gif"):
+            raise KeyboardInterrupt
+        return inspect_video(file)
+    monkeypatch.setattr(episodes, "inspect_video", look)
+    monkeypatch.setattr(formats, "WRITE_EVERY", 0)
+    with pytest.raises(KeyboardInterrupt):
+        Episodes(str(copied), 8, 8)
+    assert list(json.loads((copied / INDEX).read_text())) == ["a-short.gif", "a.mp4", "b.webm"]
+
+
 def test_a_film_beside_actions_that_do_not_fit_is_skipped_with_the_reason(copied):
     write_actions(copied / "b.npz", np.zeros((5, 2)))
     skipped = Episodes(str(copied), 8, 8).skipped
@@ -1560,6 +1721,27 @@ def test_a_film_that_is_gone_costs_its_clips_but_not_the_run(copied):
     os.remove(gone)
     assert source[range(20)]["video"].shape == (20, 8, 8, 8, 3)
     assert list(source.failed) == [gone]
+
+
+@pytest.mark.filterwarnings("ignore:This process")              # torch warns of any fork
+def test_a_mistake_that_a_loaders_worker_finds_is_one_line(copied):
+    source = Episodes(str(copied), 8, 8)
+    source.quick = False                    # else there is no worker
+    for episode in source.episodes:
+        os.remove(episode.file)
+    with pytest.raises(UserError) as error:
+        next(iter(loader(source, 2, 0, 1)))
+    assert str(error.value) == f"--data {copied}: 20 clips in a row cannot be read any more"
+
+
+@pytest.mark.parametrize("room, kept", [(2 ** 30, 3), (20 * 8 * 8 * 3 + 1, 2), (1, 1)])
+def test_small_sources_stay_in_memory_until_it_is_full(room, kept, copied, monkeypatch):
+    monkeypatch.setattr(episodes, "KEPT", {})
+    source = Episodes(str(copied), 8, 8, split="all")
+    monkeypatch.setattr(episodes, "MEMORY", room)
+    for number in (range(20), range(20)):
+        source[number]
+    assert len(episodes.KEPT) == kept
 
 
 @pytest.fixture
@@ -1586,12 +1768,41 @@ def test_a_folder_that_a_link_leads_to_again_is_read_once(spaced):
     assert sorted(lengths(Episodes(str(spaced), 8, 4, split="all"))) == [16, 18, 20]
 
 
-def test_a_link_to_a_film_is_a_film_and_one_to_nowhere_is_skipped(spaced):
-    os.symlink("c.mp4", spaced / "d.mp4")
+def test_a_link_to_a_film_elsewhere_is_a_film_and_one_to_nowhere_is_skipped(spaced, films):
+    os.symlink(films / "a.mp4", spaced / "d.mp4")
     os.symlink("nowhere", spaced / "gone.mp4")
     source = Episodes(str(spaced), 8, 4, split="all")
-    assert sorted(lengths(source)) == [16, 16, 20]
+    assert sorted(lengths(source)) == [16, 20, 20]
     assert list(source.skipped) == [str(spaced / "gone.mp4")]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_film_counts_once_under_its_own_name_whatever_links_lead_to_it(link, spaced):
+    link(spaced / "c.mp4", spaced / "z.mp4")
+    os.symlink("c.mp4", spaced / "b.mp4")
+    source = Episodes(str(spaced), 8, 4, split="all")
+    assert [episode.name for episode in source.episodes] == ["a@b.mp4", "c.mp4"]
+
+
+def test_two_links_in_a_folder_to_one_folder_count_once(spaced, films):
+    for name in ("first", "second"):
+        os.symlink(films, spaced / name)
+    assert len(Episodes(str(spaced), 8, 8, split="all").episodes) == 2 + 3
+
+
+def test_a_folder_that_is_locked_is_counted_and_named(spaced, monkeypatch):
+    """Permissions do not stop root, as whom the tests may run."""
+    (spaced / "locked").mkdir()
+    listed = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return listed(folder)
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert Episodes(str(spaced), 8, 4).skipped == {f"{spaced}/locked": "Permission denied"}
+    with pytest.raises(UserError, match="no video.*locked: Permission denied"):
+        Episodes(str(spaced / "locked"), 8, 4)
 
 
 def test_two_films_of_the_same_size_and_time_are_not_taken_for_each_other(spaced):
@@ -1605,11 +1816,39 @@ def test_two_films_of_the_same_size_and_time_are_not_taken_for_each_other(spaced
 
 
 def test_the_path_of_a_single_source_may_have_a_space_in_it(spaced):
-    assert lengths(clips(str(spaced), 8, 4, split="all")) == [20, 16]
+    assert lengths(clips([str(spaced)], 8, 4, split="all")) == [20, 16]
+    assert lengths(clips(shlex.quote(str(spaced)), 8, 4, split="all")) == [20, 16]
 
 
 def test_the_paths_in_a_list_of_sources_may_have_spaces_in_them(spaced):
     assert clips([f"{spaced}@stride=2"], 8, 4)[[0]]["fps"] == 5
+
+
+def test_two_sources_are_not_a_folder_with_the_names_of_both(spaced, monkeypatch, capsys):
+    monkeypatch.chdir(spaced.parent)
+    for name in ("my", "videos"):
+        os.symlink(spaced, name)
+    for given in (["my", "videos"], ["my videos"]):
+        data.main(["--data", *given, "--frames", "4"])
+        rows = capsys.readouterr().out.splitlines()[1:]
+        assert [row[:16].strip() for row in rows] == given
+    assert clips("my videos", 8, 4).names == ["my", "videos"]
+
+
+@pytest.mark.parametrize("text, name, options, weight", [
+    pytest.param("at@home", "at@home", {}, None, id="an-at"),
+    pytest.param("at@home@fps=5", "at@home", {"fps": "5"}, None, id="an-at-and-an-option"),
+    pytest.param("x:at@home@fps=5@flip=180:0.3", "x", {"fps": "5", "flip": "180"}, 0.3, id="everything"),
+    pytest.param("at@home@fps=9", "at@home@fps=9", {}, None, id="what-looks-like-an-option"),
+    pytest.param("at@home@fps=9@stride=2:2", "at@home@fps=9", {"stride": "2"}, 2, id="and-one-that-is"),
+    pytest.param("12:30@fps=5", "12:30", {"fps": "5"}, None, id="a-colon"),
+])
+def test_the_longest_path_that_is_there_is_taken(text, name, options, weight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("at", "at@home", "at@home@fps=9", "12:30"):
+        os.mkdir(folder)
+    path = "at@home" if name == "x" else name
+    assert data.parse_source(text) == (name, path, options, weight)
 
 
 # mixtures ---------------------------------------------------------------------------------------------------
@@ -1678,7 +1917,12 @@ def test_where_a_source_has_one_clip_another_is_itself(tmp_path):
     pytest.param("{}@flip=up", "choose from vertical", id="unknown-flip"),
     pytest.param("{}@fps=x", "@fps takes a number", id="rate-that-is-no-number"),
     pytest.param("{}@fps=90", "frames a second", id="rate-above-the-films"),
+    pytest.param("{}@fps=nan", "@fps takes a number", id="rate-that-is-nan"),
+    pytest.param("{}@fps=inf", "frames a second", id="endless-rate"),
+    pytest.param("{}@stride=1000000000000", "too short", id="stride-of-a-trillion"),
     pytest.param("{}:0", "above 0", id="weight-of-zero"),
+    pytest.param("{}:nan", "above 0", id="weight-that-is-nan"),
+    pytest.param("{}:1e308", "below 1e9", id="weight-without-end"),
     pytest.param("a:{}:0.5 b:{}", "all sources a weight", id="weights-for-some-only"),
     pytest.param("{} {}", "the same name", id="two-of-one-name"),
     pytest.param("{}/a.npz", "no train clip", id="file-that-is-no-film"),
@@ -1763,6 +2007,23 @@ def test_a_film_with_a_damaged_frame_is_skipped_with_its_number(tmp_path):
         file.write_bytes(raw[:quarter] + damage(rng, raw[quarter:-quarter], "flipped") + raw[-quarter:])
     skipped = Episodes(str(tmp_path), 8, 4, split="all").skipped
     assert any(re.fullmatch(r"frame \d+ is damaged", why) for why in skipped.values()), skipped
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("end, codec", [("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "libx264"),
+                                        ("gif", None)])
+def test_a_film_whose_end_is_missing_is_skipped_with_the_reason(end, codec, share, tmp_path):
+    """The decoder takes it for a shorter one."""
+    whole, cut = tmp_path / f"whole.{end}", tmp_path / f"cut.{end}"
+    if codec:
+        write_film(whole, shades(40), codec, g=5)
+    else:
+        imageio.imwrite(whole, shades(40), duration=100, loop=0)
+    raw = whole.read_bytes()
+    cut.write_bytes(raw[:int(share * len(raw))])
+    source = Episodes(str(tmp_path), 8, 4, split="all")
+    assert lengths(source) == [40]
+    assert source.skipped == {str(cut): "its end is missing"}
 
 
 def test_200_damaged_films_are_looked_through_within_a_minute(spoiled):
@@ -1859,6 +2120,28 @@ def test_stats_say_what_is_skipped(shown):
 
 def test_peek_shows_twelve_clips_in_four_columns(shown):
     assert imageio.imread(shown[1] / "p.gif").shape == (4, 3 * 156, 4 * 132, 3)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--size 1000000000000", "at most 4 GiB"),
+    ("--frames 1000000000000", "at most 4 GiB"),
+    ("--frames -1", "at least 2"),
+    ("--size 0", "at least 1"),
+    ("--peek", "expected one argument"),
+    ("--peek=", "a folder that can be written"),
+    ("--peek p.png", "takes the name of a .gif"),
+    ("--peek nowhere/p.gif", "a folder that can be written"),
+    ("--peek folder.gif", "Is a directory"),
+    ("--peek full.gif", "No space left"),
+    ("--data cross:nan", "above 0"),
+])
+def test_bad_looks_at_data_get_one_line(flags, words, tmp_path, monkeypatch, refusal_of):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("folder.gif")
+    os.symlink("/dev/full", "full.gif.part")
+    assert words in refusal_of(data.main, "--data", "cross", "--frames", 4, *flags.split())
+    assert os.listdir("folder.gif") == []
+    assert not os.path.exists("full.gif")
 
 
 def test_data_that_are_not_there_get_one_line(tmp_path):

@@ -46,13 +46,19 @@ class Rolls:
     """Uniform numbers in [0, 1) of many seeded worlds, handed out in order; no row depends on the others."""
 
     def __init__(self, seed, indices, n=2048):
-        self.u = np.stack([np.random.default_rng((seed, int(i))).random(n) for i in indices])
-        self.at = 0
+        self.seed, self.indices, self.at = seed, indices, 0
+        self.roll(n)
+
+    def roll(self, n):
+        """Make n numbers a world: (worlds, n). They begin alike, however many there are."""
+        self.u = np.stack([np.random.default_rng((self.seed, int(i))).random(n) for i in self.indices])
 
     def __call__(self, *shape):
         """The next ones: (n, *shape)"""
         k = int(np.prod(shape))
         self.at += k
+        if self.at > self.u.shape[1]:
+            self.roll(2 * self.at)
         return self.u[:, self.at - k:self.at].reshape(len(self.u), *shape)
 
 
