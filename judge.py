@@ -242,6 +242,12 @@ def loss_by_time(world, dataset, n, use_actions=True, bins=4):
     return out
 
 
+def clips_to_align(world, size, frames):
+    """How many clips `align` is to get: 256 transitions, as far as they are 2^15 tokens, but at least 8."""
+    tokens = world.vae.latent_frames(frames) * (size // world.vae.pixel_stride // world.dit.cfg.patch) ** 2
+    return max(8, min(256 // (frames - 1), 2 ** 15 // tokens))
+
+
 @torch.no_grad()
 def align(world, batch, known=None):
     """How well latent actions and generator fit each other, on held-out clips; reviewers of the paper asked.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from checkpoint import newest, save
 from config import phases
 from formats import UserError, speaks, whole
-from judge import align, loss_by_time, report, save_gif
+from judge import align, clips_to_align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
@@ -198,7 +198,7 @@ class Watch:
         self.cfg, self.process, self.run, self.world, self.data = cfg, process, run, world, data
         self.alarmed = False
         if process.master and any(phase.dreams for phase in phases(cfg)):
-            self.fixed = data.heldout[cfg.data][range(max(8, 256 // (cfg.frames - 1)))]
+            self.fixed = data.heldout[cfg.data][range(clips_to_align(world, cfg.size, cfg.frames))]
             robot = [heldout for name, _, heldout in data.labelled if name == "cross"]
             self.known = robot[0][range(len(self.fixed["fps"]))] if robot else None
 

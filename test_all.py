@@ -39,10 +39,12 @@ import episodes
 import evaluate
 import figures
 import formats
+import judge
 import plan
 import reproduce
 import toy
 import train
+import transformer
 import weights
 from checkpoint import LatentCache, build, load_checkpoint, load_world
 from config import Config, Phase, adopt, parse
@@ -342,6 +344,29 @@ def cached():
 def test_cached_frames_give_the_same_velocity():
     go_on, want = cached()
     assert torch.allclose(go_on(), want, atol=1e-5)
+
+
+def test_attention_of_more_rows_than_cuda_takes_is_the_same(monkeypatch):
+    attention, rows = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(q, *args, **options):
+        rows.append(len(q))
+        return attention(q, *args, **options)
+
+    def found():
+        go_on, _ = cached()
+        world = small_world(odd=True)
+        world(video(), Draw(0))[0].backward()
+        return [go_on(), *(p.grad for p in world.parameters() if p.grad is not None)]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    whole = found()
+    assert max(rows) > 5
+    rows.clear()
+    monkeypatch.setattr(transformer, "ROWS", 5)
+    parts = found()
+    assert max(rows) == 5
+    assert all(torch.allclose(part, same, atol=1e-6) for part, same in zip(parts, whole, strict=True))
 
 
 @torch.no_grad()
@@ -2055,6 +2080,17 @@ def test_alignment_lies_within_its_bounds():
     assert found["sensitivity"] > 0
     assert found["latent_var"] > 0
     assert -0.5 < found["nmi"] <= 1
+
+
+@pytest.mark.parametrize("size, patch, frames, clips", [
+    pytest.param(16, 4, 2, 256, id="tiny: 256 transitions"),
+    pytest.param(64, 4, 2, 64, id="2^15 tokens"),
+    pytest.param(64, 4, 16, 8, id="small: at least 8 clips"),
+])
+def test_alignment_is_measured_within_a_budget_of_tokens(size, patch, frames, clips):
+    lam = LAM(LAMConfig(size=16, patch=4, width=16, depth=1, heads=2, fdm_depth=0, code_dim=4))
+    world = World(lam, DiT(DiTConfig(16, 2, 1, action_dim=8, **PIXELS | {"patch": patch})), PixelVAE())
+    assert judge.clips_to_align(world, size, frames) == clips
 
 
 def test_a_world_that_ignores_actions_is_not_sensitive_to_them():
