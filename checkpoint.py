@@ -198,7 +198,10 @@ class LatentCache:
 
     def encode(self, clips, video):
         """uint8 clips (b, t, h, w, 3) and the same as video (b, 3, t, h, w) -> latents (b, c, l, h, w)"""
-        files = [self.file(clip) for clip in clips]
+        device = video.device.type
+        bf16 = torch.is_autocast_enabled(device)
+        precision = torch.get_autocast_dtype(device) if bf16 else torch.float32
+        files = [self.file(clip, precision) for clip in clips]
         new = [i for i, file in enumerate(files) if not os.path.exists(file)]
         if new:
             for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
@@ -207,8 +210,8 @@ class LatentCache:
                 os.replace(part, files[i])
         return torch.stack([torch.load(file, weights_only=True) for file in files]).to(video.device)
 
-    def file(self, clip):
+    def file(self, clip, precision):
         key = self.key.copy()
-        key.update(f"{tuple(clip.shape)} {torch.is_autocast_enabled()}".encode())
+        key.update(f"{tuple(clip.shape)} {precision}".encode())
         key.update(clip.contiguous().numpy())
         return os.path.join(self.folder, key.hexdigest()[:32] + ".pt")

@@ -18,7 +18,7 @@ from data import to_video
 from flow import Draw, sample, shift_time, time_ratio
 from formats import UserError, first_line, optional
 from lam import resize
-from metrics import cka, code_numbers, codebook_metrics, nmi, probe, psnr, ssim
+from metrics import cka, code_numbers, codebook_metrics, full_precision, nmi, probe, psnr, ssim
 
 
 class Lpips:
@@ -27,6 +27,7 @@ class Lpips:
     def __init__(self, device):
         self.net = optional("lpips").LPIPS(net="alex", verbose=False).to(device)
 
+    @full_precision
     def __call__(self, a, b):
         """Videos (b, 3, t, h, w) in [-1, 1] -> (b,)"""
         a_frames, b_frames = (rearrange(v.float(), "b c t h w -> (b t) c h w") for v in (a, b))
@@ -42,6 +43,7 @@ class I3D:
         except Exception as error:                              # whatever a broken file makes torch raise
             raise UserError(f"--i3d {path}: cannot be read as TorchScript ({first_line(error)})") from None
 
+    @full_precision
     def __call__(self, video):
         """(b, 3, t, h, w) in [-1, 1], t >= 10, resized to 224 x 224 -> (b, 400)"""
         return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)

@@ -255,14 +255,15 @@ class Watch:
         with self.measuring():
             if self.phase.codes:
                 dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0
-                transitions = cfg.eval_transitions // share ** 2
+                transitions = 64 * cfg.eval_clips
                 numbers, videos = report(self.world, heldout, self.data.labelled, dreamed,
-                                         min(2048, cfg.eval_transitions), transitions)
+                                         min(2048, transitions), transitions // share ** 2)
             else:
                 numbers |= loss_by_time(self.world, heldout, 256, False)
         if videos:
             save_gif(os.path.join(self.run.out, "samples", f"{self.run.step:06d}.gif"), videos)
-        self.run.record(event, phase=self.phase.name, step=self.run.step, **numbers)
+        self.run.record(event, phase=self.phase.name, step=self.run.step, precision=self.process.precision,
+                        **numbers)
 
     @contextmanager
     def measuring(self):
@@ -278,31 +279,34 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-def memory(cfg, world, groups, phase, batch):
-    """Estimate of a process's memory in GB: float32 weights, gradients and moments; bf16 activations of
-    its clips.
+def memory(cfg, world, groups, phase, precision):
+    """Estimate of a process's memory in GB: that of the weights, their gradients and moments, and that of
+    the activations of a clip.
 
-    Activations are counted by bytes saved a token, unit of width and block (measured with saved-tensor
-    hooks).
+    Weights are float32, and under autocast bf16 too. Activations are counted by bytes saved a token, unit of
+    width and block (measured with saved-tensor hooks, in bf16; in float32 they are 1.4 times as many).
     """
     trained = sum(count(groups[name]) for name in phase.trains if name in groups)
-    state = 4 * count(world.parameters()) + 12 * trained
+    bf16 = precision == "bf16"
+    state = (6 if bf16 else 4) * count(world.parameters()) + 12 * trained
     dit, lam = world.dit.cfg, world.lam.cfg
-    seen = cfg.frames * lam.width * ((lam.size // lam.patch) ** 2 + lam.tokens)
+    frame = lam.width * ((lam.size // lam.patch) ** 2 + lam.tokens)
+    transitions = cfg.frames - 1
+    seen = 4 * transitions if lam.odd else cfg.frames           # each pair of frames, in both directions
     side = cfg.size // (dit.patch * world.vae.pixel_stride)
     dreamed = world.vae.latent_frames(cfg.frames) * dit.hidden * side ** 2
     saved = []                                  # (tokens x width, blocks, bytes)
     if "lam" in phase.trains:
-        saved.append((seen, lam.depth, 96))
+        saved.append((seen * frame, lam.depth, 96))
     if "fdm" in phase.trains:
-        saved.append((seen, lam.fdm_depth, 73))
+        saved.append((transitions * frame, lam.fdm_depth, 58))
     if "action" in phase.trains or "body" in phase.trains:
         saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase.trains else 51))
     if cfg.activation_checkpointing:            # a block's input stays, and one block at a time
         activations = sum(units * (4 * blocks + size) for units, blocks, size in saved)
     else:
         activations = sum(units * blocks * size for units, blocks, size in saved)
-    return state / 1e9, batch * activations / 1e9
+    return state / 1e9, activations * (1 if bf16 else 1.4) / 1e9
 
 
 def describe(cfg, process, world, groups, absent):
@@ -310,14 +314,16 @@ def describe(cfg, process, world, groups, absent):
     parts = ", ".join(f"{name} {count(parameters) / 1e6:.2f} M" for name, parameters in groups.items())
     share = process.ranks * cfg.accumulate
     print(f"{cfg.name}: {parts} parameters; batch {cfg.batch} = {process.ranks} x {cfg.accumulate} x "
-          f"{cfg.batch // share} clips of {cfg.frames} frames on {process.device}")
+          f"{cfg.batch // share} clips of {cfg.frames} frames on {process.device} "
+          f"in {process.precision}")
     for phase in phases(cfg):
         trains = " + ".join(sorted(phase.trains))
         print(f"  {phase.name}: {phase.steps} steps on {phase.data}, trains {trains}")
         if cfg.dry_run:
-            state, activations = memory(cfg, world, groups, phase, phase.batch // share)
+            state, activations = memory(cfg, world, groups, phase, process.precision)
+            activations *= phase.batch // share
             print(f"    about {state + activations:.1f} GB a process: {state:.1f} weights, gradients, moments"
-                  f" + {activations:.1f} activations in bf16")
+                  f" + {activations:.1f} activations in {process.precision}")
     if cfg.dry_run and cfg.preset == "opensora":
         idm, dit = (count(model.parameters()) / 1e9 for model in (world.lam.idm, world.dit))
         print(f"  IDM {idm:.3f} B, generator with action modules {dit:.3f} B; the paper says 0.93 B, "

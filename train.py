@@ -244,7 +244,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
 
 def main(argv):
     cfg = parse(argv, __doc__)
-    process = Process.here(cfg.device)
+    process = Process.here(cfg.device, cfg.precision)
     # a dry run of a preset needs none of the files that it would load
     absent = []
     for name in ("data", "dit_weights", "vae_weights"):

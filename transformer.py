@@ -85,7 +85,9 @@ class Attention(nn.Module):
     def forward(self, x, past=None):
         """x (b, s, d), past (k, v) as for `extend` or None -> (b, s, d), and (k, v) of past and x"""
         q, k, v = rearrange(self.qkv(x), "b s (three n e) -> three b n s e", three=3, n=self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
+        # under autocast a float32 weight would keep torch from its fused kernel, and q and k in float32
+        q, k = (F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
+                for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         start = 0 if past is None else past[0].shape[2]
         if self.rope:
             q, k = rope(q, start), rope(k, start)
@@ -97,7 +99,7 @@ class Attention(nn.Module):
         # on a CPU the fused kernel is slow for the few frames of a toy clip
         few = x.device.type == "cpu" and q.shape[2] * k.shape[2] <= 16
         with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
-            y = attend(q, k, v.to(q.dtype), mask, causal=self.causal and past is None)
+            y = attend(q, k, v, mask, causal=self.causal and past is None)
         return self.proj(rearrange(y, "b n s e -> b s (n e)")), (k, v)
 
 
