@@ -27,6 +27,7 @@ from flow import Draw, World
 from formats import UserError, whole
 from judge import infer, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
+from run import connect, disconnect, wait_for_all
 
 
 def run_folder(ckpt):
@@ -325,10 +326,16 @@ def main(argv):
     if args.compare:
         return compare(*args.compare)
     process = Process.here(precision=args.precision)
+    connect(process, hours=24)                                  # the first adapts and measures alone
+    try:
+        evaluate(args, process)
+    finally:
+        disconnect()
+
+
+def evaluate(args, process):
     case = open_case(args, process)
     os.makedirs(os.path.join(case.out, "samples"), exist_ok=True)
-    if process.ranks > 1:
-        dist.init_process_group("gloo")                         # what ranks exchange are Python objects
     cfg, frames = case.world.cfg, case.config["eval_frames"]
     protocol = {                                                # numbers compare with those measured alike
         "clips": args.clips, "frames": frames, "generated": frames - 1, "size": case.config["size"],
@@ -350,8 +357,7 @@ def main(argv):
             if column in case.why and set(tasks) & set(SHARED):
                 print(f"{column}: not computed; {case.why[column]}")
         print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
-    if process.ranks > 1:
-        dist.destroy_process_group()
+    wait_for_all()
 
 
 if __name__ == "__main__":

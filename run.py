@@ -27,8 +27,8 @@ RESULTS = ("utilization", "entropy", "max_usage", "psnr", "psnr_shuffled", "psnr
            "probe_r2", "probe_l1", "nmi")
 
 
-def connect(process):
-    """Let the ranks that torchrun started find each other."""
+def connect(process, hours=2):
+    """Let the ranks that torchrun started find each other. hours: how long they wait for the slowest."""
     if process.ranks == 1:
         return
     if process.cuda:
@@ -38,10 +38,31 @@ def connect(process):
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
     store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-    backend = "nccl" if process.cuda else "gloo"
-    timeout = timedelta(hours=2)                # the first rank evaluates while the others wait
+    # what lies on CPUs goes by gloo: objects, reasons to stop, and barriers, none of which a GPU waits for
+    backend = "cpu:gloo,cuda:nccl" if process.cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.ranks,
-                            timeout=timeout)
+                            timeout=timedelta(hours=hours))
+
+
+def wait_for_all():
+    """Ranks leave together: with the first that has stopped torchrun ends those that are still at work."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def disconnect():
+    if dist.is_initialized():
+        gc.collect()                    # cycles of DDP hold the group, whose threads must not outlive it
+        dist.destroy_process_group()
+
+
+def of_node(process, value):
+    """The value that this rank's node has on its first rank"""
+    if not dist.is_initialized():
+        return value
+    everyone = [None] * process.ranks
+    dist.all_gather_object(everyone, value)
+    return everyone[process.rank - process.local]
 
 
 def gather(x):
@@ -58,23 +79,28 @@ class Stops:
 
     def __init__(self, process):
         self.process, self.terminated = process, False
-        self.seen = torch.zeros(2, device=process.device)
+        self.seen = torch.zeros((), device=process.device)
         signal.signal(signal.SIGTERM, self.terminate)
 
     def terminate(self, *_):
         self.terminated = True
 
-    def look(self, number):
-        """Remember, without waiting for the device, whether a scalar is finite, and whether SIGTERM came."""
-        terminated = torch.tensor(self.terminated, device=number.device)
-        self.seen = torch.maximum(self.seen, torch.stack([~number.isfinite(), terminated]).float())
+    def asked(self):
+        """Whether SIGTERM has come to any rank. Ranks agree on it on their CPUs: their GPUs go on."""
+        return self.any(torch.tensor(float(self.terminated)))
 
-    def agreed(self):
-        """What any rank has seen so far: (not finite, terminated)"""
+    def look(self, number):
+        """Remember, without waiting for the device, whether a scalar is finite."""
+        self.seen = torch.maximum(self.seen, (~number.isfinite()).float())
+
+    def not_finite(self):
+        """Whether any rank has seen a number that is not finite. Each waits for its device."""
+        return self.any(self.seen)
+
+    def any(self, flag):
         if self.process.ranks > 1:
-            dist.all_reduce(self.seen, dist.ReduceOp.MAX)
-        not_finite, terminated = self.seen.tolist()
-        return bool(not_finite), bool(terminated)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 class Run:
@@ -171,13 +197,6 @@ class Run:
         if speaks():
             print(f"train.py: {why} at step {self.step}; {kept}", file=sys.stderr)
         sys.exit(status)
-
-    def close(self):
-        self.bar.close()
-        if self.process.ranks > 1:
-            gc.collect()                # cycles of DDP hold the group, whose threads must not outlive it
-            dist.destroy_process_group()
-
 
 def set_modes(world, phase):
     world.train()

@@ -23,6 +23,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, fields
+from datetime import timedelta
 from typing import NamedTuple
 
 import av
@@ -2711,15 +2712,37 @@ def flip_a_bit(content):
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
 
 
-@pytest.mark.parametrize("harm", [truncate, flip_a_bit])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, whole, tmp_path):
-    shutil.copytree(whole / "out/1", tmp_path / "out/k")
+# of several processes the first of the node reads the checksums, and all of them go on from what it has found
+@pytest.mark.parametrize("harm, processes", [(truncate, 1), (flip_a_bit, 1), (flip_a_bit, 2)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, processes, whole, tmp_path):
+    shutil.copytree(whole / f"out/{processes}", tmp_path / "out/k")
     newest = tmp_path / "out/k/ckpt.pt"
     newest.write_bytes(harm(newest.read_bytes()))
-    done = run("train.py", "--resume", "out/k", cwd=tmp_path)
-    assert "ckpt.pt: not a whole checkpoint" in done.stderr
+    done = run("train.py", "--resume", "out/k", cwd=tmp_path, processes=processes)
+    assert done.stderr.count("ckpt.pt: not a whole checkpoint") == 1
     assert "goes on at step 159" in done.stdout
-    assert_equal(newest, whole / "out/1")
+    assert_equal(newest, whole / f"out/{processes}")
+
+
+@pytest.mark.parametrize("local_rank, reads", [("0", True), ("1", False)])
+def test_one_process_of_a_node_reads_the_checksums_of_a_checkpoint(local_rank, reads, trained, monkeypatch):
+    files = []
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: files.append(self))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    load_checkpoint(str(trained[0] / "out/joint"))
+    assert bool(files) == reads
+
+
+def test_ranks_on_gpus_have_a_device_each_and_exchange_what_lies_on_cpus_by_gloo(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([(None, 1, 2)]))
+    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, timeout, **_: done.extend([backend, timeout]))
+    second = torch.device("cuda:1")
+    running.connect(Process(1, 2, 1, second), hours=24)
+    assert done == [second, "cpu:gloo,cuda:nccl", timedelta(hours=24)]
 
 
 def test_a_lost_checkpoint_gives_way_to_the_one_before(whole, tmp_path):
@@ -2918,7 +2941,7 @@ def test_a_world_on_open_soras_weights_dreams(open_sora):
 
 # an import never runs upwards in this list
 ORDER = ("vq transformer lam weights vae dit flow toy formats episodes desk data config checkpoint metrics "
-         "judge evaluate run train plan bench figures reproduce").split()
+         "judge run evaluate train plan bench figures reproduce").split()
 TESTS = ("test_all", "conftest")
 
 
