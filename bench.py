@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -23,11 +24,13 @@ from tqdm import tqdm
 
 import plan
 from checkpoint import build
-from config import PRESETS, Process, parse
+from config import PRECISIONS, PRESETS, Process, parse, phases
 from data import Parser, program
 from flow import Draw, sample
-from formats import whole
+from formats import UserError, whole
 from lam import Adapter
+from run import memory
+from train import parameter_groups
 from transformer import KVCache
 
 
@@ -50,6 +53,25 @@ def matmul_rate(device, dtype):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         rates.append(2 * n ** 3 / seconds(lambda: a @ b, device, 10))
     return max(rates)
+
+
+def clips_that_fit(preset, cfg, process):
+    """Clips of a training step: the preset's, unless they would take too much memory; then it says so."""
+    with torch.device("meta"):
+        world = build(cfg, {"dit_weights", "vae_weights"})
+    state, clip = memory(cfg, world, parameter_groups(world), phases(cfg)[-1], process.precision)
+    if process.cuda:
+        room = 0.9 * torch.cuda.mem_get_info(process.device)[0] / 1e9
+    else:                                       # half of the machine's, whose other half others may have
+        room = 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    wanted, fit = max(1, cfg.batch // cfg.accumulate), int((room - state) / clip)
+    if fit < 1:
+        raise UserError(f"--preset {preset}: a training step of one clip takes about {state + clip:.1f} GB, "
+                        f"of which there are {room:.1f} here")
+    if fit < wanted:
+        tqdm.write(f"{preset}: {wanted} clips a step would take about {state + wanted * clip:.1f} GB, "
+                   f"of which there are {room:.1f} here; trains on {fit}")
+    return min(fit, wanted)
 
 
 def training(world, cfg, batch, process):
@@ -132,9 +154,9 @@ def measure(preset, args, process, rate, bar):
     """Numbers of a preset: a dict"""
     flags = [f"--preset={preset}", *(f"--{setting}" for setting in args.set)]
     cfg = parse(flags + (["--compile"] if args.compile else []))
+    batch = args.batch or clips_that_fit(preset, cfg, process)
     world = build(cfg, {"dit_weights", "vae_weights"}).to(process.device)
     world.lam.quantize = True
-    batch = args.batch or max(1, cfg.batch // cfg.accumulate)
     if process.cuda:
         torch.cuda.reset_peak_memory_stats()
     took, flops = training(world, cfg, batch, process)
@@ -144,17 +166,22 @@ def measure(preset, args, process, rate, bar):
     bar.update()
     side = cfg.size // world.vae.pixel_stride // world.dit.cfg.patch
     patches = side ** 2 * world.vae.latent_frames(cfg.frames)
-    frames = {n: frame_time(world, cfg, n, process) for n in (2, 4, 8, 16)}
+    # dreams have too many shapes to compile them all: see run.Watch
+    eager = torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext()
+    with eager:
+        frames = {n: frame_time(world, cfg, n, process) for n in (2, 4, 8, 16)}
     bar.update()
     numbers = {
-        "preset": preset, "batch": batch, "step_seconds": took, "step_gflop": flops / 1e9,
+        "preset": preset, "compile": cfg.compile, "batch": batch,
+        "step_seconds": took, "step_gflop": flops / 1e9,
         "train_tokens_per_second": batch * patches / took, "train_share_of_matmul": flops / took / rate,
         "peak_memory_gb": peak / 2 ** 30, "rollout_seconds_a_frame": frames,
         "rollout_cached_speedup": frames[16]["plain"] / frames[16]["cached"],
         "frame16_over_frame2": frames[16]["cached"] / frames[2]["cached"],
     }
     if world.vae.time_stride == 1:              # else the VAE's random weights would be timed
-        together, alone = planning(world, cfg, args.samples, process)
+        with eager:
+            together, alone = planning(world, cfg, args.samples, process)
         numbers |= {"plan_shared_speedup": alone / together, "plans_per_second": 1 / together}
     bar.update()
     return numbers
@@ -169,7 +196,8 @@ def say(numbers, samples):
                f"{row.train_share_of_matmul:.0%} of the matrix product's rate ({row.batch} clips, "
                f"{row.step_gflop:.1f} GFLOP in {row.step_seconds:.3f} s), "
                f"peak memory {row.peak_memory_gb:.2f} GB")
-    tqdm.write(f"{row.preset}: a new frame {frames}; x{row.rollout_cached_speedup:.1f} at 16, "
+    eager = " (dreams are not compiled)" if row.compile else ""
+    tqdm.write(f"{row.preset}: a new frame{eager} {frames}; x{row.rollout_cached_speedup:.1f} at 16, "
                f"frame 16 / frame 2 {row.frame16_over_frame2:.2f}")
     if "plans_per_second" in row:
         together = 1 / row.plans_per_second
@@ -185,7 +213,8 @@ def parse_args(argv):
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py, such as hidden=384")
     add("--batch", type=int, help="clips a training step (the preset's)")
     add("--samples", type=int, default=200, help="candidates of a plan")
-    add("--compile", action="store_true", help="torch.compile the DiT in training")
+    add("--precision", default="auto", choices=PRECISIONS, help="bf16 autocast; auto: on cuda")
+    add("--compile", action="store_true", help="torch.compile the DiT in training; dreams stay eager")
     add("--json", metavar="FILE", help="write the last preset's numbers there")
     args = parser.parse_args(argv)
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
@@ -195,15 +224,18 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    process = Process.here()
-    dtype, name = torch.float32, f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    process = Process.here(precision=args.precision)
+    dtype = torch.bfloat16 if process.precision == "bf16" else torch.float32
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if process.cuda:
-        dtype, name = torch.bfloat16, torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name()
     bar = tqdm(total=1 + 3 * len(args.preset), dynamic_ncols=True, disable=None, leave=False)
     rate = matmul_rate(process.device, dtype)
     bar.update()
-    tqdm.write(f"device {name}; torch {torch.__version__}; {dtype} matrix product {rate / 1e9:.0f} GFLOP/s")
-    machine = {"device": name, "torch": torch.__version__, "matmul_gflops": rate / 1e9}
+    tqdm.write(f"device {name}; torch {torch.__version__}; "
+               f"{process.precision} matrix product {rate / 1e9:.0f} GFLOP/s")
+    machine = {"device": name, "torch": torch.__version__, "precision": process.precision,
+               "matmul_gflops": rate / 1e9}
     for preset in args.preset:
         numbers = machine | measure(preset, args, process, rate, bar)
         say(numbers, args.samples)

@@ -16,7 +16,7 @@ import torch
 from config import sizes
 from dit import DiT, DiTConfig, action_depth, load_opensora
 from flow import FlowConfig, World
-from formats import UserError, first_line, whole
+from formats import UserError, first_line, speaks, whole
 from lam import LAM, Adapter, LAMConfig
 from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
 
@@ -30,7 +30,8 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}")
     try:
-        damaged = zipfile.ZipFile(path).testzip()               # torch.load does not look at the checksums
+        # torch.load does not look at the checksums; of a node's processes one reads them, for all
+        damaged = zipfile.ZipFile(path).testzip() if speaks() else None
         state = torch.load(path, "cpu", mmap=True, weights_only=True)
         missing = {"world", "lam", "dit"} - state.keys()
     except Exception as error:                  # whatever a broken file makes the readers raise
@@ -205,7 +206,10 @@ class LatentCache:
 
     def encode(self, clips, video):
         """uint8 clips (b, t, h, w, 3) and the same as video (b, 3, t, h, w) -> latents (b, c, l, h, w)"""
-        files = [self.file(clip) for clip in clips]
+        device = video.device.type
+        bf16 = torch.is_autocast_enabled(device)
+        precision = torch.get_autocast_dtype(device) if bf16 else torch.float32
+        files = [self.file(clip, precision) for clip in clips]
         new = [i for i, file in enumerate(files) if not os.path.exists(file)]
         if new:
             for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
@@ -214,8 +218,8 @@ class LatentCache:
                 os.replace(part, files[i])
         return torch.stack([torch.load(file, weights_only=True) for file in files]).to(video.device)
 
-    def file(self, clip):
+    def file(self, clip, precision):
         key = self.key.copy()
-        key.update(f"{tuple(clip.shape)} {torch.is_autocast_enabled()}".encode())
+        key.update(f"{tuple(clip.shape)} {precision}".encode())
         key.update(clip.contiguous().numpy())
         return os.path.join(self.folder, key.hexdigest()[:32] + ".pt")

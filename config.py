@@ -10,12 +10,14 @@ import glob
 import json
 import os
 import shlex
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 from data import TOY, Parser
+
+
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def setting(default, help, least=0, below=float("inf"), choices=None, size=None, changes=False):
@@ -71,14 +73,16 @@ class Config:
     # looking and keeping
     log_every: int = setting(50, "steps between log lines", least=1, changes=True)
     eval_every: int = setting(1000, "steps between evaluations on held-out clips", least=1, changes=True)
-    eval_clips: int = setting(64, "held-out clips dreamed at the end; half before", least=1, changes=True)
-    eval_transitions: int = setting(4096, "held-out transitions for probe and NMI at the end, a quarter "
-                                          "before; at most 2048 for the codebook", least=8, changes=True)
+    eval_clips: int = setting(64, "held-out clips dreamed at the end, half before; probe and NMI take 64 "
+                                  "transitions a clip, a quarter before, the codebook as many, up to 2048",
+                              least=1, changes=True)
     ckpt_every: int = setting(500, "steps between checkpoints", least=1, changes=True)
     keep: int = setting(1, "older checkpoints to keep, as ckpt-STEP.pt", changes=True)
     # the machine
     device: str = setting("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps",
                           choices=("auto", "cpu", "cuda", "mps"), changes=True)
+    precision: str = setting("auto", "auto (bf16 autocast on cuda, else fp32), fp32 or bf16",
+                             choices=PRECISIONS, changes=True)
     compile: bool = setting(False, "torch.compile the DiT", changes=True)
     activation_checkpointing: bool = setting(False, "a third slower, for less memory", changes=True)
     latent_cache: str = setting("none", "folder for the VAE's latents of clips; needs --crop 1", changes=True)
@@ -132,7 +136,7 @@ PRESETS = {
 
 # settings of earlier versions, and the value with which a run of theirs can still be resumed (None: any)
 GONE = {"pairs": None, "difference": False, "fdm_depth": None, "lam_heads": None, "action_depth": None,
-        "clip": 1.0}
+        "clip": 1.0, "eval_transitions": None}
 
 
 def sizes(cfg, part):
@@ -162,15 +166,22 @@ class Process:
     ranks: int = 1
     local: int = 0                      # number on its node
     device: torch.device = torch.device("cpu")
+    precision: str = "fp32"             # of the models, fp32 or bf16; weights are float32 in either
 
     @classmethod
-    def here(cls, device="auto"):
-        """From torchrun's environment. device: auto (cuda if there is one, else cpu), cpu, cuda or mps"""
+    def here(cls, device="auto", precision="auto"):
+        """From torchrun's environment.
+
+        device: auto (cuda if there is one, else cpu), cpu, cuda or mps. precision: one of PRECISIONS
+        """
         rank, ranks, local = (int(os.environ.get(name, default))
                               for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(rank, ranks, local, torch.device(f"cuda:{local}" if device == "cuda" else device))
+        if precision == "auto":
+            precision = "bf16" if device == "cuda" else "fp32"
+        device = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        return cls(rank, ranks, local, device, precision)
 
     @property
     def master(self):
@@ -181,8 +192,8 @@ class Process:
         return self.device.type == "cuda"
 
     def autocast(self):
-        """bf16 where it is fast"""
-        return torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext()
+        """Of what a model computes, in training and wherever it is asked"""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ import torch.distributed as dist
 
 import toy
 from checkpoint import load_checkpoint, restore
-from config import Config, Process
+from config import PRECISIONS, Config, Process
 from data import TOY, Parser, clips, parse_source, program, sources, to_video
 from flow import Draw, World
 from formats import UserError, whole
 from judge import infer, loss_by_time, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
+from run import connect, disconnect, wait_for_all
 
 
 def run_folder(ckpt):
@@ -272,7 +273,7 @@ def adapted(args, config):
         own = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam",
                "dry_run", "batch")
         known = {f.name for f in fields(Config)} - set(own)
-        settings = config | {"eval_clips": 1, "eval_transitions": 64}
+        settings = config | {"eval_clips": 1, "precision": args.precision}
         flags = [f"--{k}={v}" for k, v in settings.items() if k in known]
         flags += ["--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"]
     print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} "
@@ -301,6 +302,7 @@ def parse(argv):
     add("--guidance", type=float, help="guidance scale (as trained)")
     add("--i3d", help="FVD's network: StyleGAN-V's I3D as TorchScript")
     add("--vae_weights", help="where Open-Sora's VAE lies now")
+    add("--precision", default="auto", choices=PRECISIONS, help="bf16 autocast; auto: on cuda")
     add("--out", help="folder of results.json and samples (the run's)")
     add("--compare", nargs=2, metavar=("A", "B"), help="two evaluated runs, or comma-separated sets of them")
     args = parser.parse_args(argv)
@@ -336,11 +338,17 @@ def main(argv):
     args = parse(argv)
     if args.compare:
         return compare(*args.compare)
-    process = Process.here()
+    process = Process.here(precision=args.precision)
+    connect(process, hours=24)                                  # the first adapts and measures alone
+    try:
+        evaluate(args, process)
+    finally:
+        disconnect()
+
+
+def evaluate(args, process):
     case = open_case(args, process)
     os.makedirs(os.path.join(case.out, "samples"), exist_ok=True)
-    if process.ranks > 1:
-        dist.init_process_group("gloo")                         # what ranks exchange are Python objects
     cfg, frames = case.world.cfg, case.config["eval_frames"]
     protocol = {                                                # numbers compare with those measured alike
         "clips": args.clips, "frames": frames, "generated": frames - 1, "size": case.config["size"],
@@ -348,10 +356,11 @@ def main(argv):
         "transitions": args.transitions, "seeds": args.seeds,
         "sampling_steps": args.sampling_steps or cfg.sampling_steps,
         "guidance": cfg.guidance if args.guidance is None else args.guidance,
-        "lpips": "alex, x100", "ssim": "x100"}
+        "precision": process.precision, "lpips": "alex, x100", "ssim": "x100"}
     tasks = list(TASKS) if args.task == "all" else [args.task]
     for task in tasks:
-        rows = TASKS[task](case) if process.master or task in SHARED else None
+        with process.autocast():
+            rows = TASKS[task](case) if process.master or task in SHARED else None
         if process.master:
             if rows:
                 table(task, rows)
@@ -362,8 +371,7 @@ def main(argv):
             if column in case.why and set(tasks) & set(SHARED):
                 print(f"{column}: not computed; {case.why[column]}")
         print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
-    if process.ranks > 1:
-        dist.destroy_process_group()
+    wait_for_all()
 
 
 if __name__ == "__main__":

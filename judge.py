@@ -20,7 +20,7 @@ from data import another, to_video
 from flow import Draw, sample, shift_time, time_ratio
 from formats import UserError, first_line, optional
 from lam import resize
-from metrics import cka, codebook_metrics, joint_codes, nmi, probe, psnr, ssim
+from metrics import cka, codebook_metrics, full_precision, joint_codes, nmi, probe, psnr, ssim
 
 
 class Lpips:
@@ -40,6 +40,7 @@ class Lpips:
             warnings.simplefilter("ignore")                     # it calls torchvision in an older way
             self.net = package.LPIPS(net="alex", verbose=False).to(device)
 
+    @full_precision
     def __call__(self, a, b):
         """Videos (b, 3, t, h, w) in [-1, 1] -> (b,)"""
         a_frames, b_frames = (rearrange(v.float(), "b c t h w -> (b t) c h w") for v in (a, b))
@@ -55,6 +56,7 @@ class I3D:
         except Exception as error:                              # whatever a broken file makes torch raise
             raise UserError(f"--i3d {path}: cannot be read as TorchScript ({first_line(error)})") from None
 
+    @full_precision
     def __call__(self, video):
         """(b, 3, t, h, w) in [-1, 1], t >= 10, resized to 224 x 224 -> (b, 400)"""
         return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)
@@ -252,6 +254,12 @@ def loss_by_time(world, dataset, n, use_actions=True, bins=4, seed=0):
         if (in_bin == k).any():
             out[f"loss_t{k / bins:.2f}"] = loss[in_bin == k].mean().item()
     return out
+
+
+def clips_to_align(world, size, frames):
+    """How many clips `align` is to get: 256 transitions, as far as they are 2^15 tokens, but at least 8."""
+    tokens = world.vae.latent_frames(frames) * (size // world.vae.pixel_stride // world.dit.cfg.patch) ** 2
+    return max(8, min(256 // (frames - 1), 2 ** 15 // tokens))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import desk
 import toy
 from checkpoint import load_checkpoint, restore
-from config import Process
+from config import PRECISIONS, Process
 from data import Parser, program, to_video
 from evaluate import run_folder, save_results, table
 from flow import Draw
@@ -216,8 +216,9 @@ class Episode:
         return [seen, imagined[:, :, :seen.shape[2]], goal]
 
 
-def agents(args, world):
+def agents(args, process, world):
     """{name: agent of an Episode}: those that the command line asks for"""
+    @process.autocast()
     def dreamed(episode, actions):
         return dream(world, np.stack(episode.frames), episode.past, actions, episode.seed + len(episode.past),
                      episode.env.fps, args.context, args.sampling_steps, args.guidance)
@@ -315,6 +316,7 @@ def parse(argv):
     add("--sampling_steps", type=int, help="Euler steps (toy 2, robodesk 3)")
     add("--guidance", type=float, default=1.0, help="guidance scale; 1: none")
     add("--vae_weights", help="where Open-Sora's VAE lies now")
+    add("--precision", default="auto", choices=PRECISIONS, help="bf16 autocast; auto: on cuda")
     add("--out", help="folder of results.json and GIFs (the run's, or out/plan-ENV), or to collect in")
     add("--collect", choices=("robodesk",), help="record episodes instead of planning; what is there stays")
     add("--episodes", type=int, default=400, help="to collect")
@@ -371,26 +373,27 @@ def main(argv):
     args = parse(argv)
     if args.collect:
         return desk.collect(args.out or os.path.join("data", args.collect), args.episodes, seed=args.seeds[0])
-    device = Process.here().device
+    process = Process.here(precision=args.precision)
     world, robot, size, step = None, "held-out", DEFAULTS[args.env]["size"], None
     out = args.out or os.path.join("out", f"plan-{args.env}")
     if args.ckpt:
-        world, robot, size, step = open_world(args, device)
+        world, robot, size, step = open_world(args, process.device)
         out = args.out or run_folder(args.ckpt)
-    classifier = open_classifier(args.classifier, size, device) if args.classifier else None
+    classifier = open_classifier(args.classifier, size, process.device) if args.classifier else None
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
     apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")
     protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
-        "size": size, "cost": "pixels and classifier" if classifier else "pixels",
+        "size": size, "precision": process.precision,
+        "cost": "pixels and classifier" if classifier else "pixels",
         "zero actions before it": UNCOUNTED[args.env],
         "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
     for task in args.task:
         settings = Namespace(**vars(args) | {"samples": args.samples or SAMPLES.get(task, 200)})
         pairs = problems(args, task, robot, size)
-        for name, agent in agents(settings, world).items():
-            start = partial(Episode, settings, device, agent, classifier)
+        for name, agent in agents(settings, process, world).items():
+            start = partial(Episode, settings, process.device, agent, classifier)
             picture = os.path.join(pictures, f"{task}-{name}")
             rows[f"{task} {name}"] = measure(start, task, pairs, settings, picture)
             save_results(out, args.ckpt, step, {"plan": rows}, protocol)

@@ -51,7 +51,7 @@ RUNS = {
 }
 KEPT = ("4K", "8K", "14K", "16K", "22K", "24K", "30K", "38K")   # checkpoints that are needed later
 COMMON = ("--vq_start 0 --cooldown 0 --real_share 0 --lr_warmup 2K --log_every 2K --eval_every 1000K "
-          "--ckpt_every 2K --keep 30 --eval_clips 64 --eval_transitions 2048")
+          "--ckpt_every 2K --keep 30 --eval_clips 64")
 LIGHT = "--standardize 0 --latent_scale 0.1"
 VARIANTS = {                                        # numbers for tiny
     "main": "",                                     # the preset, but quantized from the first step

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from checkpoint import newest, save
 from config import phases
 from formats import UserError, speaks, whole
-from judge import align, loss_by_time, report, save_gif
+from judge import align, clips_to_align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
@@ -27,8 +27,8 @@ RESULTS = ("utilization", "entropy", "max_usage", "psnr", "psnr_shuffled", "psnr
            "probe_r2", "probe_l1", "nmi")
 
 
-def connect(process):
-    """Let the ranks that torchrun started find each other."""
+def connect(process, hours=2):
+    """Let the ranks that torchrun started find each other. hours: how long they wait for the slowest."""
     if process.ranks == 1:
         return
     if process.cuda:
@@ -38,10 +38,31 @@ def connect(process):
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
     store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-    backend = "nccl" if process.cuda else "gloo"
-    timeout = timedelta(hours=2)                # the first rank evaluates while the others wait
+    # what lies on CPUs goes by gloo: objects, reasons to stop, and barriers, none of which a GPU waits for
+    backend = "cpu:gloo,cuda:nccl" if process.cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.ranks,
-                            timeout=timeout)
+                            timeout=timedelta(hours=hours))
+
+
+def wait_for_all():
+    """Ranks leave together: with the first that has stopped torchrun ends those that are still at work."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def disconnect():
+    if dist.is_initialized():
+        gc.collect()                    # cycles of DDP hold the group, whose threads must not outlive it
+        dist.destroy_process_group()
+
+
+def of_node(process, value):
+    """The value that this rank's node has on its first rank"""
+    if not dist.is_initialized():
+        return value
+    everyone = [None] * process.ranks
+    dist.all_gather_object(everyone, value)
+    return everyone[process.rank - process.local]
 
 
 def gather(x):
@@ -58,23 +79,28 @@ class Stops:
 
     def __init__(self, process):
         self.process, self.terminated = process, False
-        self.seen = torch.zeros(2, device=process.device)
+        self.seen = torch.zeros((), device=process.device)
         signal.signal(signal.SIGTERM, self.terminate)
 
     def terminate(self, *_):
         self.terminated = True
 
-    def look(self, number):
-        """Remember, without waiting for the device, whether a scalar is finite, and whether SIGTERM came."""
-        terminated = torch.tensor(self.terminated, device=number.device)
-        self.seen = torch.maximum(self.seen, torch.stack([~number.isfinite(), terminated]).float())
+    def asked(self):
+        """Whether SIGTERM has come to any rank. Ranks agree on it on their CPUs: their GPUs go on."""
+        return self.any(torch.tensor(float(self.terminated)))
 
-    def agreed(self):
-        """What any rank has seen so far: (not finite, terminated)"""
+    def look(self, number):
+        """Remember, without waiting for the device, whether a scalar is finite."""
+        self.seen = torch.maximum(self.seen, (~number.isfinite()).float())
+
+    def not_finite(self):
+        """Whether any rank has seen a number that is not finite. Each waits for its device."""
+        return self.any(self.seen)
+
+    def any(self, flag):
         if self.process.ranks > 1:
-            dist.all_reduce(self.seen, dist.ReduceOp.MAX)
-        not_finite, terminated = self.seen.tolist()
-        return bool(not_finite), bool(terminated)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 class Run:
@@ -172,13 +198,6 @@ class Run:
             print(f"train.py: {why} at step {self.step}; {kept}", file=sys.stderr)
         sys.exit(status)
 
-    def close(self):
-        self.bar.close()
-        if self.process.ranks > 1:
-            gc.collect()                # cycles of DDP hold the group, whose threads must not outlive it
-            dist.destroy_process_group()
-
-
 def set_modes(world, phase):
     world.train()
     world.lam.train("lam" in phase.trains)      # a frozen LAM does not update its moments either
@@ -198,7 +217,7 @@ class Watch:
         self.cfg, self.process, self.run, self.world, self.data = cfg, process, run, world, data
         self.alarmed = False
         if process.master and any(phase.dreams for phase in phases(cfg)):
-            self.fixed = data.heldout[cfg.data][range(max(8, 256 // (cfg.frames - 1)))]
+            self.fixed = data.heldout[cfg.data][range(clips_to_align(world, cfg.size, cfg.frames))]
             robot = [heldout for name, _, heldout in data.labelled if name == "cross"]
             self.known = robot[0][range(len(self.fixed["fps"]))] if robot else None
 
@@ -262,14 +281,15 @@ class Watch:
         with self.measuring():
             if self.phase.codes:
                 dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0
-                transitions = cfg.eval_transitions // share ** 2
+                transitions = 64 * cfg.eval_clips
                 numbers, videos = report(self.world, heldout, self.data.labelled, dreamed,
-                                         min(2048, cfg.eval_transitions), transitions)
+                                         min(2048, transitions), transitions // share ** 2)
             else:
                 numbers |= loss_by_time(self.world, heldout, 256, False)
         if videos:
             save_gif(os.path.join(self.run.out, "samples", f"{self.run.step:06d}.gif"), videos)
-        self.run.record(event, phase=self.phase.name, step=self.run.step, **numbers)
+        self.run.record(event, phase=self.phase.name, step=self.run.step, precision=self.process.precision,
+                        **numbers)
 
     @contextmanager
     def measuring(self):
@@ -285,31 +305,34 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-def memory(cfg, world, groups, phase, batch):
-    """Estimate of a process's memory in GB: float32 weights, gradients and moments; bf16 activations of
-    its clips.
+def memory(cfg, world, groups, phase, precision):
+    """Estimate of a process's memory in GB: that of the weights, their gradients and moments, and that of
+    the activations of a clip.
 
-    Activations are counted by bytes saved a token, unit of width and block (measured with saved-tensor
-    hooks).
+    Weights are float32, and under autocast bf16 too. Activations are counted by bytes saved a token, unit of
+    width and block (measured with saved-tensor hooks, in bf16; in float32 they are 1.4 times as many).
     """
     trained = sum(count(groups[name]) for name in phase.trains if name in groups)
-    state = 4 * count(world.parameters()) + 12 * trained
+    bf16 = precision == "bf16"
+    state = (6 if bf16 else 4) * count(world.parameters()) + 12 * trained
     dit, lam = world.dit.cfg, world.lam.cfg
-    seen = cfg.frames * lam.width * ((lam.size // lam.patch) ** 2 + lam.tokens)
+    frame = lam.width * ((lam.size // lam.patch) ** 2 + lam.tokens)
+    transitions = cfg.frames - 1
+    seen = 4 * transitions if lam.odd else cfg.frames           # each pair of frames, in both directions
     side = cfg.size // (dit.patch * world.vae.pixel_stride)
     dreamed = world.vae.latent_frames(cfg.frames) * dit.hidden * side ** 2
     saved = []                                  # (tokens x width, blocks, bytes)
     if "lam" in phase.trains:
-        saved.append((seen, lam.depth, 96))
+        saved.append((seen * frame, lam.depth, 96))
     if "fdm" in phase.trains:
-        saved.append((seen, lam.fdm_depth, 73))
+        saved.append((transitions * frame, lam.fdm_depth, 58))
     if "action" in phase.trains or "body" in phase.trains:
         saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase.trains else 51))
     if cfg.activation_checkpointing:            # a block's input stays, and one block at a time
         activations = sum(units * (4 * blocks + size) for units, blocks, size in saved)
     else:
         activations = sum(units * blocks * size for units, blocks, size in saved)
-    return state / 1e9, batch * activations / 1e9
+    return state / 1e9, activations * (1 if bf16 else 1.4) / 1e9
 
 
 def describe(cfg, process, world, groups, absent):
@@ -317,14 +340,16 @@ def describe(cfg, process, world, groups, absent):
     parts = ", ".join(f"{name} {count(parameters) / 1e6:.2f} M" for name, parameters in groups.items())
     share = process.ranks * cfg.accumulate
     print(f"{cfg.name}: {parts} parameters; batch {cfg.batch} = {process.ranks} x {cfg.accumulate} x "
-          f"{cfg.batch // share} clips of {cfg.frames} frames on {process.device}")
+          f"{cfg.batch // share} clips of {cfg.frames} frames on {process.device} "
+          f"in {process.precision}")
     for phase in phases(cfg):
         trains = " + ".join(sorted(phase.trains))
         print(f"  {phase.name}: {phase.steps} steps on {phase.data}, trains {trains}")
         if cfg.dry_run:
-            state, activations = memory(cfg, world, groups, phase, phase.batch // share)
+            state, activations = memory(cfg, world, groups, phase, process.precision)
+            activations *= phase.batch // share
             print(f"    about {state + activations:.1f} GB a process: {state:.1f} weights, gradients, moments"
-                  f" + {activations:.1f} activations in bf16")
+                  f" + {activations:.1f} activations in {process.precision}")
     if cfg.dry_run and cfg.preset == "opensora":
         idm, dit = (count(model.parameters()) / 1e9 for model in (world.lam.idm, world.dit))
         print(f"  IDM {idm:.3f} B, generator with action modules {dit:.3f} B; the paper says 0.93 B, "

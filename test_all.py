@@ -25,6 +25,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, fields
+from datetime import timedelta
 from typing import NamedTuple
 
 import av
@@ -33,6 +34,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import bench
 import checkpoint
@@ -42,13 +44,16 @@ import episodes
 import evaluate
 import figures
 import formats
+import judge
 import plan
 import reproduce
+import run as running
 import toy
 import train
+import transformer
 import weights
 from checkpoint import LatentCache, build, load_checkpoint, load_world
-from config import Config, Phase, adopt, parse
+from config import Config, Phase, Process, adopt, parse, phases
 from conftest import (DAMAGES, counting, damage, lerobot, lpips_weights, moving_squares, needs, released,
                       robomimic, shades, told, write_actions, write_film)
 from data import Mixture, ToyClips, another, clips, loader, program, random_crop, to_video
@@ -69,7 +74,7 @@ STDIT = os.path.join(HERE, "assets", "fixtures", "stdit3_tiny")
 VAE = os.path.join(HERE, "assets", "fixtures", "vae_tiny")
 # a run of train.py that is over in seconds
 SMALL = """--hidden 16 --depth 1 --heads 2 --lam_width 16 --lam_depth 1 --batch 4 --vq_start 0
-           --sampling_steps 2 --log_every 2 --eval_transitions 64 --eval_clips 4""".split()
+           --sampling_steps 2 --log_every 2 --eval_clips 4""".split()
 PIXELS = dict(channels=3, out_channels=3, patch=4, pixel_stride=1)             # fields of DiTConfig
 
 
@@ -346,6 +351,29 @@ def cached():
 def test_cached_frames_give_the_same_velocity():
     go_on, want = cached()
     assert torch.allclose(go_on(), want, atol=1e-5)
+
+
+def test_attention_of_more_rows_than_cuda_takes_is_the_same(monkeypatch):
+    attention, rows = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(q, *args, **options):
+        rows.append(len(q))
+        return attention(q, *args, **options)
+
+    def found():
+        go_on, _ = cached()
+        world = small_world(odd=True)
+        world(video(), Draw(0))[0].backward()
+        return [go_on(), *(p.grad for p in world.parameters() if p.grad is not None)]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    whole = found()
+    assert max(rows) > 5
+    rows.clear()
+    monkeypatch.setattr(transformer, "ROWS", 5)
+    parts = found()
+    assert max(rows) == 5
+    assert all(torch.allclose(part, same, atol=1e-6) for part, same in zip(parts, whole, strict=True))
 
 
 @torch.no_grad()
@@ -1062,6 +1090,14 @@ def test_a_clip_that_differs_in_one_value_is_not_taken_for_the_kept_one(kept):
     z = LatentCache(vae, folder).encode(clips, as_video(clips))
     assert len(os.listdir(folder)) == 4
     assert torch.allclose(z, vae.encode(as_video(clips)), atol=1e-6)
+
+
+def test_latents_of_another_precision_are_not_taken_for_this_ones(kept):
+    vae, clips, want, folder = kept
+    with Process(precision="bf16").autocast():
+        z = LatentCache(vae, folder).encode(clips, as_video(clips))
+    assert not torch.allclose(z, want, atol=1e-6)
+    assert len(os.listdir(folder)) == 6
 
 
 def test_latents_of_another_vae_are_not_taken_for_this_ones(kept):
@@ -2270,6 +2306,18 @@ def test_psnr_and_ssim_are_scikit_images(measure, videos, values):
     assert torch.allclose(measure(*videos()), torch.tensor(values), atol=1e-4)
 
 
+def test_measures_take_float32_whatever_the_models_precision():
+    a, b, z = video(size=16), video(size=16, seed=1), torch.randn(300, 4)
+    actions = z[:, :2] + 0.1 * torch.randn(300, 2)
+
+    def found():
+        return [ssim(a, b), torch.tensor(list(probe(z, actions, z, actions, steps=10).values()))]
+
+    want = found()
+    with Process(precision="bf16").autocast():
+        assert all(torch.equal(value, same) for value, same in zip(found(), want, strict=True))
+
+
 def test_ssim_of_equal_videos_is_one():
     a, _ = waves()
     assert torch.allclose(ssim(a, a), torch.ones(2))
@@ -2384,6 +2432,17 @@ def test_alignment_lies_within_its_bounds():
     assert -0.5 < found["nmi"] <= 1
 
 
+@pytest.mark.parametrize("size, patch, frames, clips", [
+    pytest.param(16, 4, 2, 256, id="tiny: 256 transitions"),
+    pytest.param(64, 4, 2, 64, id="2^15 tokens"),
+    pytest.param(64, 4, 16, 8, id="small: at least 8 clips"),
+])
+def test_alignment_is_measured_within_a_budget_of_tokens(size, patch, frames, clips):
+    lam = LAM(LAMConfig(size=16, patch=4, width=16, depth=1, heads=2, fdm_depth=0, code_dim=4))
+    world = World(lam, DiT(DiTConfig(16, 2, 1, action_dim=8, **PIXELS | {"patch": patch})), PixelVAE())
+    assert judge.clips_to_align(world, size, frames) == clips
+
+
 def test_a_world_that_ignores_actions_is_not_sensitive_to_them():
     world, clips = aligned()
     world.dit.action.mlp[2].weight.data.zero_()
@@ -2476,6 +2535,22 @@ def refusal(capsys):
 ])
 def test_settings_that_make_no_sense_get_one_line(args, words, refusal):
     assert words in refusal(*args)
+
+
+@pytest.mark.parametrize("device, precision, used", [
+    ("cpu", "auto", "fp32"),
+    ("cpu", "bf16", "bf16"),
+    ("cuda", "auto", "bf16"),
+    ("cuda", "fp32", "fp32"),
+])
+def test_precision_is_bf16_on_cuda_unless_it_is_said(device, precision, used):
+    assert Process.here(device, precision).precision == used
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_models_compute_in_the_precision_of_their_process(precision, dtype):
+    with Process(precision=precision).autocast():
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
 def test_every_size_is_a_field_of_the_part_that_it_names():
@@ -3013,15 +3088,37 @@ def flip_a_bit(content):
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
 
 
-@pytest.mark.parametrize("harm", [truncate, flip_a_bit])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, whole, tmp_path):
-    shutil.copytree(whole / "out/1", tmp_path / "out/k")
+# of several processes the first of the node reads the checksums, and all of them go on from what it has found
+@pytest.mark.parametrize("harm, processes", [(truncate, 1), (flip_a_bit, 1), (flip_a_bit, 2)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, processes, whole, tmp_path):
+    shutil.copytree(whole / f"out/{processes}", tmp_path / "out/k")
     newest = tmp_path / "out/k/ckpt.pt"
     newest.write_bytes(harm(newest.read_bytes()))
-    done = run("train.py", "--resume", "out/k", cwd=tmp_path)
-    assert "ckpt.pt: not a whole checkpoint" in done.stderr
+    done = run("train.py", "--resume", "out/k", cwd=tmp_path, processes=processes)
+    assert done.stderr.count("ckpt.pt: not a whole checkpoint") == 1
     assert "goes on at step 159" in done.stdout
-    assert_equal(newest, whole / "out/1")
+    assert_equal(newest, whole / f"out/{processes}")
+
+
+@pytest.mark.parametrize("local_rank, reads", [("0", True), ("1", False)])
+def test_one_process_of_a_node_reads_the_checksums_of_a_checkpoint(local_rank, reads, trained, monkeypatch):
+    files = []
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: files.append(self))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    load_checkpoint(str(trained[0] / "out/joint"))
+    assert bool(files) == reads
+
+
+def test_ranks_on_gpus_have_a_device_each_and_exchange_what_lies_on_cpus_by_gloo(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([(None, 1, 2)]))
+    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, timeout, **_: done.extend([backend, timeout]))
+    second = torch.device("cuda:1")
+    running.connect(Process(1, 2, 1, second), hours=24)
+    assert done == [second, "cpu:gloo,cuda:nccl", timedelta(hours=24)]
 
 
 def test_a_lost_checkpoint_gives_way_to_the_one_before(whole, tmp_path):
@@ -3096,7 +3193,7 @@ def old_run(trained, tmp_path):
 
 
 OLD_SETTINGS = {"pairs": True, "difference": False, "fdm_depth": 2, "lam_heads": 2, "action_depth": 1,
-                "clip": 1.0}
+                "clip": 1.0, "eval_transitions": 2048}
 OLD_LAM = {"pairs": True, "difference": False}
 
 
@@ -3153,13 +3250,44 @@ def test_the_papers_preset_is_counted_without_being_built(tmp_path):
         assert words in done.stdout, words
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("mode, phase", [
+    ("pretrain", "pretrain"), ("joint", "warmup"), ("joint", "e2e"), ("two-stage", "lam")])
+def test_memory_is_that_of_the_tensors_which_autograd_keeps(mode, phase, odd, precision):
+    cfg = parse(["--mode", mode, "--odd", str(odd), "--frames", "4", "--lam_width", "128"])
+    world, process = awake(build(cfg)).train(), Process(precision=precision)
+    groups = train.parameter_groups(world)
+    phase = next(row for row in phases(cfg) if row.name == phase)
+    train.begin(cfg, process, world, phase, groups, torch.optim.SGD(world.parameters()), ())
+    part, loss_of = train.LOSSES[phase.loss]
+
+    def kept(b):
+        """Bytes that a step of b clips keeps"""
+        sizes = {}
+
+        def remember(x):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        clip = {"fps": torch.full((b,), 24.0)}
+        model = world if part == "world" else getattr(world, part)
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x), process.autocast():
+            loss, _ = loss_of(phase, world, model, clip, video(b, 4, 16), Draw(0), None)
+        loss.backward()                                         # lets go what was kept
+        return sum(sizes.values())
+
+    _, clip = running.memory(cfg, world, groups, phase, precision)
+    assert clip == pytest.approx((kept(6) - kept(2)) / 4 / 1e9, rel=0.15)
+
+
 @pytest.fixture(scope="module")
 def open_sora(tmp_path_factory):
     """A folder with two runs on Open-Sora's weights: one caches latents, one recomputes activations"""
     folder = tmp_path_factory.mktemp("open_sora")
     args = ["--dit_weights", STDIT, "--vae_weights", VAE, "--frames", 5, "--eval_frames", 9, "--batch", 2,
             "--lam_width", 16, "--lam_depth", 1, "--warmup", 2, "--e2e", 2, "--vq_start", 0,
-            "--time_shift", "auto", "--sampling_steps", 2, "--eval_clips", 4, "--eval_transitions", 64]
+            "--time_shift", "auto", "--sampling_steps", 2, "--eval_clips", 4]
     run("train.py", "--name", "cached", *args, "--latent_cache", "latents", cwd=folder)
     run("train.py", "--name", "recomputed", *args, "--activation_checkpointing", cwd=folder)
     return folder
@@ -3189,7 +3317,7 @@ def test_a_world_on_open_soras_weights_dreams(open_sora):
 
 # an import never runs upwards in this list
 ORDER = ("vq transformer lam weights vae dit flow toy formats episodes desk data config checkpoint metrics "
-         "judge evaluate run train plan bench figures reproduce").split()
+         "judge run evaluate train plan bench figures reproduce").split()
 TESTS = ("test_all", "conftest")
 
 
@@ -3332,6 +3460,11 @@ def test_the_codebook_has_a_row_for_codes_of_each_origin(codes, judged):
 @pytest.mark.parametrize("measure", ["lpips", "fvd"])
 def test_what_is_not_computed_is_recorded(measure, judged):
     assert measure in judged.results["not_computed"]
+
+
+def test_the_precision_of_an_evaluation_is_recorded(judged):
+    assert judged.results["protocol"]["predict"]["precision"] == "fp32"
+    assert "precision fp32" in judged.said
 
 
 def test_what_is_not_computed_is_printed_with_its_reason(judged):
@@ -3916,6 +4049,7 @@ def test_a_plan_takes_time(planned):
 
 def test_the_protocol_of_plans_is_recorded(planned):
     assert planned.results["protocol"]["plan"]["planner"] == planned.planner
+    assert planned.results["protocol"]["plan"]["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("words", ["reach world", "cost pixels"])
@@ -4146,6 +4280,41 @@ def test_bench_names_the_machine(benched):
 
 def test_bench_prints_its_numbers_in_sentences(benched):
     assert "one by one" in benched[0]
+
+
+@pytest.mark.parametrize("gigabytes, clips, said", [
+    pytest.param(80, 16, "", id="all fit"),
+    pytest.param(32, 6, "16 clips a step would take about 35.0 GB, of which there are 16.0 here; trains on 6",
+                 id="some fit"),
+])
+def test_bench_trains_on_the_clips_that_fit(gigabytes, clips, said, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "memory", lambda *_: (3.0, 2.0))                 # weights, a clip
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": gigabytes, "SC_PAGE_SIZE": 1e9}.get)
+    assert bench.clips_that_fit("tiny", Config(), Process()) == clips
+    assert said in capsys.readouterr().out
+
+
+def test_a_preset_of_which_no_clip_fits_gets_one_line(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 32, "SC_PAGE_SIZE": 1e9}.get)
+    with pytest.raises(UserError, match="one clip takes about .* GB, of which there are 16.0 here"):
+        bench.clips_that_fit("opensora", parse(["--preset", "opensora"]), Process())
+
+
+def test_dreams_are_timed_without_the_graphs_of_training(monkeypatch, capsys):
+    stances = []
+
+    def timed(*_):
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        return {"cached": 1.0, "plain": 2.0}
+
+    monkeypatch.setattr(bench, "training", lambda *_: (1.0, 1e9))
+    monkeypatch.setattr(bench, "frame_time", timed)
+    monkeypatch.setattr(bench, "planning", lambda *_: tuple(timed().values()))
+    args = bench.parse_args(["--compile", "--batch", "1"])
+    bench.say(bench.measure("tiny", args, Process(), 1e9, tqdm(disable=True)), 200)
+    assert stances == ["force_eager"] * 5
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert "a new frame (dreams are not compiled) after 2" in capsys.readouterr().out
 
 
 def test_a_bad_preset_gets_one_line(refusal_of):

@@ -25,13 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import toy
-from checkpoint import LatentCache, build, checkpoints, newest, restore
+from checkpoint import LatentCache, build, checkpoints, load_checkpoint, newest, restore
 from config import PRESETS, Process, adopt, parse, phases
 from data import clips, loader, parse_source, program, random_crop, sources, to_video
 from flow import Draw
 from formats import UserError
 from lam import Adapter
-from run import Run, Stops, Watch, connect, describe, set_modes
+from run import Run, Stops, Watch, connect, describe, disconnect, of_node, set_modes, wait_for_all
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 
@@ -211,13 +211,12 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
             # of the whole gradient: what does not train has none
             norm = torch.nn.utils.clip_grad_norm_(world.parameters(), MAX_NORM)
 
-            # a GPU waits while the CPU reads whether to stop: at every tenth step, and before a checkpoint
+            # whether to stop; for the loss a GPU waits, so at every tenth step, and before a checkpoint
             stops.look(sum(f["loss"] for f in found) + norm)
-            terminated, done = False, run.step + 1
-            if not process.cuda or done % 10 == 0 or done % cfg.ckpt_every == 0 or done == end:
-                not_finite, terminated = stops.agreed()
-                if not_finite:
-                    run.stop("loss or gradient is not finite")
+            terminated, done = stops.asked(), run.step + 1
+            saves = done % cfg.ckpt_every == 0 or done == end or terminated
+            if (saves or not process.cuda or done % 10 == 0) and stops.not_finite():
+                run.stop("loss or gradient is not finite")
             optimizer.step()
             run.step += 1
             watch.add(found, norm)              # before gradients are gone
@@ -228,23 +227,31 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
                 numbers = watch.numbers()
                 run.record("train", phase=phase.name, step=run.step, **numbers, lr=lr, **run.speed())
                 run.bar.set_postfix_str(f"{phase.name} loss {numbers['loss']:.4f}")
-            if run.step % cfg.ckpt_every == 0 or run.step == end or terminated:
+            if saves:
                 run.save(phase, world, optimizer)
             run.bar.update()
             if terminated:
+                wait_for_all()
                 run.stop("stopped by SIGTERM", 128 + signal.SIGTERM)
             pause = run.step % cfg.eval_every == 0 or run.step == end
             if process.master and pause and run.step < run.total:
                 watch.evaluate("eval", share=2)
     if process.master:
         watch.evaluate("result")
-    if process.ranks > 1:
-        dist.barrier()                          # the others wait for the first
+    wait_for_all()
 
 
 def main(argv):
     cfg = parse(argv, __doc__)
-    process = Process.here(cfg.device)
+    process = Process.here(cfg.device, cfg.precision)
+    connect(process)
+    try:
+        prepare_and_train(cfg, process)
+    finally:
+        disconnect()
+
+
+def prepare_and_train(cfg, process):
     # a dry run of a preset needs none of the files that it would load
     absent = []
     for name in ("data", "dit_weights", "vae_weights"):
@@ -253,7 +260,9 @@ def main(argv):
             absent.append(name)
     state, file = None, None
     if cfg.resume != "none" and checkpoints(cfg.resume):        # without any, a run starts over in its folder
-        state, file = newest(cfg.resume)
+        state, file = newest(cfg.resume) if process.local == 0 else (None, None)
+        file = of_node(process, file)
+        state = state or load_checkpoint(file)
     warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
     with torch.device("meta" if cfg.dry_run else "cpu"):
         moved = cfg.vae_weights if os.path.exists(cfg.vae_weights) else None
@@ -272,7 +281,6 @@ def main(argv):
         describe(cfg, process, world, groups, absent)
     if cfg.dry_run:
         return
-    connect(process)
     run = Run(cfg, process, state["step"] if state else 0, file)
     optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=process.cuda or None)
@@ -288,7 +296,7 @@ def main(argv):
     except KeyboardInterrupt:
         run.stop("stopped by Ctrl-C")
     finally:
-        run.close()
+        run.bar.close()
 
 
 if __name__ == "__main__":

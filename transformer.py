@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# rows of a batch that attend at once: a grid of CUDA holds 65,535, and the backward pass of flash attention
+# counts heads x width x 128 queries of each row in 32 bits, which 16 heads of 72 exceed after 10,922 rows
+ROWS = 8192
+
 
 def rope(x, start=0):
     """Rotary position embedding, interleaved pairs, base 10000 (Su et al. 2021, arXiv 2104.09864).
@@ -59,6 +63,14 @@ def extend(past, new):
     return torch.cat([past, new], 3).flatten(0, 1)
 
 
+def attend(q, k, v, mask, causal):
+    """(b, n, s, e) and keys and values (b, n, p+s, e) -> (b, n, s, e), at most ROWS of the batch at once"""
+    if len(q) > ROWS:
+        parts = zip(q.split(ROWS), k.split(ROWS), v.split(ROWS))
+        return torch.cat([attend(*part, mask, causal) for part in parts])
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with normalised q and k; optionally RoPE, a causal mask, a cached past."""
 
@@ -73,7 +85,9 @@ class Attention(nn.Module):
     def forward(self, x, past=None):
         """x (b, s, d), past (k, v) as for `extend` or None -> (b, s, d), and (k, v) of past and x"""
         q, k, v = rearrange(self.qkv(x), "b s (three n e) -> three b n s e", three=3, n=self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
+        # under autocast a float32 weight would keep torch from its fused kernel, and q and k in float32
+        q, k = (F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
+                for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         start = 0 if past is None else past[0].shape[2]
         if self.rope:
             q, k = rope(q, start), rope(k, start)
@@ -85,8 +99,7 @@ class Attention(nn.Module):
         # on a CPU the fused kernel is slow for the few frames of a toy clip
         few = x.device.type == "cpu" and q.shape[2] * k.shape[2] <= 16
         with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
-            causal = self.causal and past is None
-            y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), mask, is_causal=causal)
+            y = attend(q, k, v, mask, causal=self.causal and past is None)
         return self.proj(rearrange(y, "b n s e -> b s (n e)")), (k, v)
 
 
