@@ -24,7 +24,7 @@ from tqdm import tqdm
 import plan
 from checkpoint import build
 from config import PRESETS, Process, parse
-from data import Parser, program
+from data import Parser, number, program
 from flow import Draw, sample
 from formats import whole
 from lam import Adapter
@@ -183,13 +183,13 @@ def parse_args(argv):
     add = parser.add_argument
     add("--preset", nargs="+", default=["tiny"], choices=PRESETS)
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py, such as hidden=384")
-    add("--batch", type=int, help="clips a training step (the preset's)")
-    add("--samples", type=int, default=200, help="candidates of a plan")
+    add("--batch", type=number(int, 1), help="clips a training step (the preset's)")
+    add("--samples", type=number(int, 1), default=200, help="candidates of a plan")
     add("--compile", action="store_true", help="torch.compile the DiT in training")
     add("--json", metavar="FILE", help="write the last preset's numbers there")
     args = parser.parse_args(argv)
-    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
-        parser.error(f"--json {args.json}: no such folder")
+    if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or ".", os.W_OK)):
+        parser.error(f"--json {args.json}: takes the name of a file in a folder that can be written to")
     return args
 
 

@@ -21,7 +21,8 @@ from vae import OpenSoraVAE
 
 
 # fixtures that train or measure for long
-SHARED = ("whole", "trained", "directions", "open_sora", "judged", "bounds", "collected", "benched", "shown")
+SHARED = ("whole", "trained", "directions", "open_sora", "judged", "moved", "bounds", "collected", "benched",
+          "shown")
 
 
 @pytest.hookimpl(tryfirst=True)

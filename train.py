@@ -25,13 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import toy
-from checkpoint import LatentCache, build, checkpoints, newest, restore
+from checkpoint import LatentCache, build, check_past, checkpoints, newest, restore
 from config import PRESETS, Process, adopt, parse, phases
 from data import clips, loader, parse_source, program, random_crop, sources, to_video
 from flow import Draw
 from formats import UserError
 from lam import Adapter
-from run import Run, Stops, Watch, connect, describe, set_modes
+from run import Run, Stops, Watch, connect, describe, lock, run_folder, set_modes
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 
@@ -251,9 +251,11 @@ def main(argv):
         path = getattr(cfg, name)
         if cfg.dry_run and path == PRESETS[cfg.preset].get(name) and not os.path.exists(path):
             absent.append(name)
+    held = lock(run_folder(cfg)) if process.master and not cfg.dry_run else None
     state, file = None, None
     if cfg.resume != "none" and checkpoints(cfg.resume):        # without any, a run starts over in its folder
         state, file = newest(cfg.resume)
+        check_past(cfg, state)
     warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
     with torch.device("meta" if cfg.dry_run else "cpu"):
         moved = cfg.vae_weights if os.path.exists(cfg.vae_weights) else None
@@ -273,7 +275,7 @@ def main(argv):
     if cfg.dry_run:
         return
     connect(process)
-    run = Run(cfg, process, state["step"] if state else 0, file)
+    run = Run(cfg, process, state["step"] if state else 0, file, held)
     optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=process.cuda or None)
     if state:
@@ -287,6 +289,8 @@ def main(argv):
         train(cfg, process, run, world, data, groups, optimizer, cache)
     except KeyboardInterrupt:
         run.stop("stopped by Ctrl-C")
+    except OSError as error:                                    # a full disk
+        run.stop(str(error))
     finally:
         run.close()
 
