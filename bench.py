@@ -25,7 +25,7 @@ from tqdm import tqdm
 import plan
 from checkpoint import build
 from config import PRECISIONS, PRESETS, Process, parse, phases
-from data import Parser, program
+from data import Parser, number, program
 from flow import Draw, sample
 from formats import UserError, whole
 from lam import Adapter
@@ -211,14 +211,14 @@ def parse_args(argv):
     add = parser.add_argument
     add("--preset", nargs="+", default=["tiny"], choices=PRESETS)
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of train.py, such as hidden=384")
-    add("--batch", type=int, help="clips a training step (the preset's)")
-    add("--samples", type=int, default=200, help="candidates of a plan")
+    add("--batch", type=number(int, 1), help="clips a training step (the preset's)")
+    add("--samples", type=number(int, 1), default=200, help="candidates of a plan")
     add("--precision", default="auto", choices=PRECISIONS, help="bf16 autocast; auto: on cuda")
     add("--compile", action="store_true", help="torch.compile the DiT in training; dreams stay eager")
     add("--json", metavar="FILE", help="write the last preset's numbers there")
     args = parser.parse_args(argv)
-    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
-        parser.error(f"--json {args.json}: no such folder")
+    if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or ".", os.W_OK)):
+        parser.error(f"--json {args.json}: takes the name of a file in a folder that can be written to")
     return args
 
 

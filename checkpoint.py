@@ -9,11 +9,11 @@ import hashlib
 import os
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
-from config import sizes
+from config import Config, mistyped, phases, sizes
 from dit import DiT, DiTConfig, action_depth, load_opensora
 from flow import FlowConfig, World
 from formats import UserError, first_line, speaks, whole
@@ -33,7 +33,10 @@ def load_checkpoint(path):
         # torch.load does not look at the checksums; of a node's processes one reads them, for all
         damaged = zipfile.ZipFile(path).testzip() if speaks() else None
         state = torch.load(path, "cpu", mmap=True, weights_only=True)
-        missing = {"world", "lam", "dit"} - state.keys()
+        missing = {"world", "lam", "dit", "config", "step"} - state.keys()
+        if not missing:
+            missing = ({"data", "size", "eval_frames", "seed"} - state["config"].keys()
+                       or mistyped(state["config"]))
     except Exception as error:                  # whatever a broken file makes the readers raise
         raise UserError(f"{path}: not a whole checkpoint of train.py ({first_line(error)})") from None
     if damaged or missing:
@@ -53,7 +56,10 @@ def save(out, keep, before, **state):
     """Write out/ckpt.pt whole. The one before, of step `before`, becomes ckpt-STEP.pt; `keep` of those."""
     path = os.path.join(out, "ckpt.pt")
     with whole(path) as part:
-        torch.save(state, part)
+        try:
+            torch.save(state, part)
+        except RuntimeError:                    # of torch's own, which does not tell the reason
+            raise OSError(f"{path}: cannot be written; is the disk full?") from None
         if before is not None:
             os.replace(path, os.path.join(out, f"ckpt-{before:08d}.pt"))
     for old in checkpoints(out)[1 + keep:]:
@@ -68,6 +74,24 @@ def newest(out):
         except UserError as error:
             print(f"  {error}; trying the one before", file=sys.stderr)
     raise UserError(f"--resume {out}: no checkpoint to go on from")
+
+
+def check_past(cfg, state):
+    """UserError if settings would make the steps that a run has taken those of other phases.
+
+    A phase that is over keeps its length; the one that the run is in may become longer, or end at once.
+    """
+    def taken(cfg):
+        told, left = [], state["step"]
+        for row in phases(cfg):
+            told += [f"{min(row.steps, left)} of {row.name}"] if left else []
+            left -= min(row.steps, left)
+        return ", ".join(told)
+
+    known = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
+    was, now = taken(Config(**known)), taken(cfg)
+    if was != now:
+        raise UserError(f"--resume {cfg.resume}: its steps were {was}; by these lengths they would be {now}")
 
 
 def lam_config(fields):

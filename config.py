@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from data import TOY, Parser
+from data import TOY, Parser, misfit
 
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def setting(default, help, least=0, below=float("inf"), choices=None, size=None, changes=False):
-    """A field of `Config`: a number with least <= value < below, or a text of some choices.
+def setting(default, help, least=0, most=1e9, choices=None, size=None, changes=False):
+    """A field of `Config`: a number with least <= value <= most, or a text of some choices.
 
     size: the field of LAMConfig, DiTConfig or FlowConfig that it is. changes: a resumed run may change it.
     """
-    return field(default=default, metadata=dict(help=help, least=least, below=below, choices=choices,
+    return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices,
                                                 size=size, changes=changes))
 
 
@@ -57,18 +57,18 @@ class Config:
     adapter_steps: int = setting(1000, "adapt: steps of the adapter, on 4 batches each", changes=True)
     adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM", changes=True)
     real_share: float = setting(0.5, "(ours) adapt: share of clips driven by real actions, through "
-                                     "the adapter; the paper: 0", size="flow.real_share")
+                                     "the adapter; the paper: 0", most=1, size="flow.real_share")
     # clips
-    batch: int = setting(16, "clips a step, over all ranks", least=1)
+    batch: int = setting(16, "clips a step, over all ranks", 1, 1e5)
     accumulate: int = setting(1, "parts into which a rank's batch is cut, for memory", least=1, changes=True)
-    frames: int = setting(2, "frames a training clip, T; dreams see the last T-1", least=2)
-    eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first", least=2)
-    size: int = setting(16, "pixels of a square frame", least=1)
-    crop: float = setting(1.0, "smallest side of the random crop, as a share of the frame; 1: none")
+    frames: int = setting(2, "frames a training clip, T; dreams see the last T-1", 2, 1e4)
+    eval_frames: int = setting(8, "frames of the held-out clips that are dreamed from their first", 2, 1e4)
+    size: int = setting(16, "pixels of a square frame", 1, 1e4)
+    crop: float = setting(1.0, "smallest side of the random crop, a share of the frame; 1: none", 0.01, 1)
     # learning
     lr: float = setting(2e-3, "learning rate (AdamW)")
     lr_warmup: int = setting(50, "steps of linear learning-rate warm-up")
-    cooldown: float = setting(0.3, "(ours) last share of the steps, in which the rate falls to zero")
+    cooldown: float = setting(0.3, "(ours) last share of the steps, in which the rate falls to zero", most=1)
     lam_lr: float = setting(0.1, "(ours) learning rate of IDM and codebook, as a share of --lr")
     # looking and keeping
     log_every: int = setting(50, "steps between log lines", least=1, changes=True)
@@ -88,24 +88,24 @@ class Config:
     latent_cache: str = setting("none", "folder for the VAE's latents of clips; needs --crop 1", changes=True)
     dry_run: bool = setting(False, "check everything, print what would train, and stop", changes=True)
     # latent action model
-    lam_size: int = setting(16, "pixels of the IDM's square frame", least=1, size="lam.size")
-    lam_patch: int = setting(4, "the IDM's patch", least=1, size="lam.patch")
-    lam_width: int = setting(64, "the IDM's; heads have 64 channels, or half", least=4, size="lam.width")
-    lam_depth: int = setting(2, "blocks of the IDM, and of the FDM", least=1, size="lam.depth")
-    num_codes: int = setting(8, "codes in the codebook", least=2, size="lam.num_codes")
-    code_dim: int = setting(16, "width of a code", least=1, size="lam.code_dim")
-    tokens: int = setting(2, "codes a transition", least=1, size="lam.tokens")
+    lam_size: int = setting(16, "pixels of the IDM's square frame", 1, 1e4, size="lam.size")
+    lam_patch: int = setting(4, "the IDM's patch", 1, 1e3, size="lam.patch")
+    lam_width: int = setting(64, "the IDM's; heads have 64 channels, or half", 4, 1e5, size="lam.width")
+    lam_depth: int = setting(2, "blocks of the IDM, and of the FDM", 1, 1e3, size="lam.depth")
+    num_codes: int = setting(8, "codes in the codebook", 2, 1e6, size="lam.num_codes")
+    code_dim: int = setting(16, "width of a code", 1, 1e4, size="lam.code_dim")
+    tokens: int = setting(2, "codes a transition", 1, 1e3, size="lam.tokens")
     latent_scale: float = setting(0.03, "(ours) scale of latent actions, by which the VQ losses weigh",
-                                  size="lam.latent_scale")
+                                  least=1e-6, size="lam.latent_scale")
     odd: bool = setting(True, "(ours) a reversed pair of frames has the opposite action", size="lam.odd")
     standardize: bool = setting(True, "(ours) of the IDM's output, over the batch", size="lam.standardize")
     vq_start: float = setting(0.39, "(ours) first share of the LAM's steps, in which latent actions are "
-                                    "continuous; then k-means sets the codebook", below=1)
+                                    "continuous; then k-means sets the codebook", most=0.99)
     # world model
-    hidden: int = setting(128, "the DiT's width", least=4, size="dit.hidden")
-    depth: int = setting(2, "the DiT's pairs of a spatial and a temporal block", least=1, size="dit.depth")
-    heads: int = setting(8, "the DiT's attention heads", least=1, size="dit.heads")
-    patch: int = setting(4, "the DiT's patch", least=1, size="dit.patch")
+    hidden: int = setting(128, "the DiT's width", 4, 1e5, size="dit.hidden")
+    depth: int = setting(2, "the DiT's pairs of a spatial and a temporal block", 1, 1e3, size="dit.depth")
+    heads: int = setting(8, "the DiT's attention heads", 1, 1e4, size="dit.heads")
+    patch: int = setting(4, "the DiT's patch", 1, 1e3, size="dit.patch")
     action_std: float = setting(0.2, "std of the action MLP's last layer at the start", size="dit.action_std")
     time_shift: str = setting("40", "flow time's: auto (Open-Sora's), none, a number", size="flow.time_shift")
     sampling_steps: int = setting(10, "Euler steps of the sampler", least=1, size="flow.sampling_steps")
@@ -133,6 +133,8 @@ PRESETS = {
         real_share=0.0, cooldown=0.0, lam_lr=1.0, vq_start=0.0, odd=False, standardize=False,
         latent_scale=1.0),
 }
+
+ADAPT_BATCH = 16                # the paper's (appendix C.2)
 
 # settings of earlier versions, and the value with which a run of theirs can still be resumed (None: any)
 GONE = {"pairs": None, "difference": False, "fdm_depth": None, "lam_heads": None, "action_depth": None,
@@ -285,7 +287,7 @@ def parse(argv, description=None):
         given["data"] = shlex.join(given["data"])
     base = PRESETS[given.get("preset", "tiny")]
     if given.get("mode") == "adapt":
-        base = base | {"batch": 16}             # the paper's (appendix C.2)
+        base = base | {"batch": ADAPT_BATCH}
     own = os.path.join("out", given.get("name", Config.name))
     if restarted(own):
         given = {"resume": own}
@@ -302,21 +304,35 @@ def restarted(out):
         return False
     if not glob.glob(os.path.join(glob.escape(out), "ckpt*.pt")):
         return False
-    with open(os.path.join(out, "config.json")) as f:
-        return json.load(f).get("torchrun") == os.getppid()
+    return read_settings(out).get("torchrun") == os.getppid()
+
+
+def read_settings(run):
+    """What config.json in a run's folder holds; nothing where there is none, or no settings in it"""
+    try:
+        with open(os.path.join(run, "config.json")) as f:
+            found = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return {} if not isinstance(found, dict) or mistyped(found) else found
+
+
+def mistyped(settings):
+    """Names of the settings whose values are of another type, as in a damaged file"""
+    kinds = {f.name: (int, float) if f.type is float else (f.type,) for f in fields(Config)}
+    return [name for name in kinds if name in settings and type(settings[name]) not in kinds[name]]
 
 
 def resumed(parser, given):
     """The settings of the run to go on with, unless what was given contradicts them."""
     run = given["resume"]
+    base = read_settings(run)
+    gone = {name: base.pop(name) for name in GONE if name in base}
     try:
-        with open(os.path.join(run, "config.json")) as f:
-            base = json.load(f)
         base.pop("torchrun")                    # of which launch it was
-        gone = {name: base.pop(name) for name in GONE if name in base}
         cfg = Config(**base)
-    except (OSError, ValueError, KeyError, TypeError):
-        parser.error(f"--resume {run}: not the folder of a run, or of another version")
+    except (KeyError, TypeError):
+        parser.error(f"--resume {run}: not the folder of a run, or of another version, or damaged")
     for name, value in gone.items():
         if GONE[name] is not None and value != GONE[name]:
             parser.error(f"--resume {run}: was started with --{name} {value}, which is gone; "
@@ -325,23 +341,32 @@ def resumed(parser, given):
         if f.name in given and not f.metadata["changes"] and given[f.name] != getattr(cfg, f.name):
             parser.error(f"--{f.name} {given[f.name]}: a run is resumed with its own settings, here "
                          f"{getattr(cfg, f.name)}")
+    moved = given.get("vae_weights", cfg.vae_weights)
+    if moved != cfg.vae_weights and (cfg.vae_weights == "none" or not os.path.exists(moved)):
+        parser.error(f"--vae_weights {moved}: must be where {cfg.vae_weights} lies now")
     return base
 
 
 def check(parser, cfg, base):
     """End the program with one line if settings do not make sense, alone or together. base: the preset's"""
     for f in fields(Config):
-        value, least, below = getattr(cfg, f.name), f.metadata["least"], f.metadata["below"]
-        if f.type in (int, float) and not value >= least:
-            parser.error(f"--{f.name} {value}: must be at least {least}")
-        if f.type in (int, float) and not value < below:
-            parser.error(f"--{f.name} {value}: must be below {below}")
+        value, choices = getattr(cfg, f.name), f.metadata["choices"]
+        wrong = misfit(value, f.metadata["least"], f.metadata["most"]) if f.type in (int, float) else ""
+        if choices and value not in choices:    # argparse has looked at what was given, not at config.json
+            wrong = f"{value}: must be one of {', '.join(choices)}"
+        if wrong:
+            parser.error(f"--{f.name} {wrong}")
+    for part in cfg.name.split("/") if cfg.resume == "none" else ():
+        # file systems end names at 255 bytes, and a run that is moved aside gets a number
+        if part in ("", ".", "..") or not part.isprintable() or len(part.encode()) > 240:
+            parser.error(f"--name {cfg.name!a:.80}: must be the name of a folder in out, or several with / "
+                         "between them")
     if cfg.hidden % (2 * cfg.heads) or cfg.hidden % 4:
         parser.error(f"--hidden {cfg.hidden}: must be a multiple of 4 and of 2 x --heads, {2 * cfg.heads}")
     if cfg.lam_width % (4 if cfg.lam_width < 128 else 64):
         parser.error(f"--lam_width {cfg.lam_width}: must be a multiple of 64, or of 4 below 128")
     try:
-        shifts = cfg.time_shift in ("auto", "none") or float(cfg.time_shift) > 0
+        shifts = cfg.time_shift in ("auto", "none") or 0 < float(cfg.time_shift) < float("inf")
     except ValueError:
         shifts = False
     if not shifts:

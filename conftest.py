@@ -25,8 +25,8 @@ from vae import OpenSoraVAE
 
 
 # fixtures that train or measure for long
-SHARED = ("whole", "trained", "directions", "open_sora", "judged", "bounds", "collected", "benched", "shown",
-          "lpips")
+SHARED = ("whole", "trained", "directions", "open_sora", "judged", "moved", "bounds", "collected", "benched",
+          "shown", "lpips")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -45,13 +45,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)
 
 
+def misfit(value, least, most):
+    """What is wrong with a number that is not within bounds, as nan never is; nothing where it is"""
+    return "" if least <= value <= most else f"{value}: must be at least {least:g}, at most {most:g}"
+
+
+def number(kind, least=0, most=1e9):
+    """A type of arguments: a number within bounds. kind: int or float"""
+    def read(text):
+        value = kind(text)
+        if misfit(value, least, most):
+            raise argparse.ArgumentTypeError(misfit(value, least, most))
+        return value
+    read.__name__ = kind.__name__           # argparse's word for what is no number
+    return read
+
+
 def program(main):
-    """Run main(arguments). A user's mistake or Ctrl-C ends it with "NAME.py: message", one line a node."""
+    """Run main(arguments). What a user can mend ends it with "NAME.py: message", one line a node: a mistake,
+    a file that cannot be written, too little memory, Ctrl-C."""
     name = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"{name}: {error}" if speaks() else 1)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        # torch has a RuntimeError for memory that it cannot get; of any other one wants the traceback
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        line = (str(error) or "out of memory").splitlines()[-1]     # of a loader worker's, its traceback goes
+        sys.exit(f"{name}: {line}" if speaks() or not isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         if speaks():
             print(f"{name}: stopped by Ctrl-C", file=sys.stderr)

@@ -12,8 +12,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ import torch.distributed as dist
 
 import toy
 from checkpoint import load_checkpoint, restore
-from config import PRECISIONS, Config, Process
-from data import TOY, Parser, clips, parse_source, program, sources, to_video
+from config import ADAPT_BATCH, PRECISIONS, Config, Process
+from data import TOY, Parser, clips, number, parse_source, program, sources, to_video
 from flow import Draw, World
 from formats import UserError, whole
 from judge import infer, loss_by_time, predict, probe_source, save_gif, video_measures
@@ -53,6 +54,32 @@ def cell(values):
     return f"{np.mean(values):.3f}{spread}"
 
 
+def load_results(out):
+    """What out/results.json holds, as `save_results` writes it. Raises UserError where it does not."""
+    file = os.path.join(out, "results.json")
+    try:
+        with open(file) as f:
+            results = json.load(f)
+        lists = [values for rows in results["tables"].values() for cells in rows.values()
+                 for values in cells.values()]
+        if not all(isinstance(values, list) for values in lists):
+            raise TypeError
+        return {"step": None, "protocol": {}} | results
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: not the results of an evaluation; move it away") from None
+
+
+def open_results(out):
+    """Make the folder of results.json and samples/. What would fail after an hour of measuring fails here.
+
+    Raises OSError: it cannot be written to; UserError: its results.json is not one.
+    """
+    os.makedirs(os.path.join(out, "samples"), exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    if os.path.exists(os.path.join(out, "results.json")):
+        load_results(out)
+
+
 def save_results(out, ckpt, step, tables, protocol, more={}):
     """Write {task: {row: {column: [value of each seed]}}} to out/results.json.
 
@@ -61,8 +88,7 @@ def save_results(out, ckpt, step, tables, protocol, more={}):
     file = os.path.join(out, "results.json")
     results = {"ckpt": ckpt, "step": step, "tables": {}, "protocol": {}}
     if os.path.exists(file):
-        with open(file) as f:
-            old = json.load(f)
+        old = load_results(out)
         if old["step"] == step:
             results = old
     protocol = json.loads(json.dumps(protocol))                 # as it is read back: tuples are lists
@@ -78,11 +104,9 @@ def read_results(names):
     """{(task, row, column): [values]} of an evaluated run; of several, A,B,..., a value is a run's mean."""
     runs = []
     for name in names.split(","):
-        try:
-            with open(os.path.join(name, "results.json")) as f:
-                tables = json.load(f)["tables"]
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"--compare {name}: has no results.json; run --ckpt {name} first") from None
+        if not os.path.isfile(os.path.join(name, "results.json")):
+            raise UserError(f"--compare {name}: has no results.json; run --ckpt {name} first")
+        tables = load_results(name)["tables"]
         runs.append({(task, row, column): values for task, rows in tables.items()
                      for row, cells in rows.items() for column, values in cells.items()})
     if len(runs) == 1:
@@ -132,7 +156,7 @@ class Case:
         """
         world, source = self.world, self.args.adapt_data
         if not world.adapter:
-            folder = [adapted(self.args, self.config) if self.process.master else None]
+            folder = [adapted(self.args, self.config, self.step) if self.process.master else None]
             if self.process.ranks > 1:
                 dist.broadcast_object_list(folder)
             world = restore(load_checkpoint(folder[0]), self.args.vae_weights).to(self.process.device).eval()
@@ -256,32 +280,35 @@ TASKS = {"probe": probing, "loss": losses, "predict": prediction, "adapt": adapt
 SHARED = ("predict", "adapt")       # many clips are dreamed, which ranks share; the rest is for the first
 
 
-def adapted(args, config):
-    """Folder of the run --ckpt, adapted to --adapt_data, by train.py unless it is there and whole."""
-    run = os.path.normpath(run_folder(args.ckpt))
-    target = f"{run}-{label(args.adapt_data)}"
+def adapted(args, config, step):
+    """Folder of the run that adapts --ckpt, of this step, to --adapt_data: by train.py unless it is whole.
+
+    It lies in the folder of --ckpt, so that it is not taken for that of another run or another step.
+    """
+    target = os.path.join(run_folder(args.ckpt), f"adapted-{label(args.adapt_data)}-{step}")
     log = os.path.join(target, "metrics.jsonl")
     if os.path.exists(log):
         with open(log) as f:
             if '"event": "result"' in f.read():
                 return target
-    name = os.path.relpath(target, "out")                       # where train.py puts it
-    if os.path.exists(os.path.join(target, "ckpt.pt")):
-        flags = [f"--resume={target}"]
-    else:
+    print(f"adapts {args.ckpt} to {args.adapt_data}: in {target}", flush=True)
+    if not os.path.exists(os.path.join(target, "ckpt.pt")):
         # the run's settings, but for those that an adaptation has of its own, and that an older run had
         own = ("name", "preset", "mode", "data", "init", "init_lam", "dit_weights", "resume", "freeze_lam",
-               "dry_run", "batch")
-        known = {f.name for f in fields(Config)} - set(own)
-        settings = config | {"eval_clips": 1, "precision": args.precision}
-        flags = [f"--{k}={v}" for k, v in settings.items() if k in known]
-        flags += ["--mode=adapt", f"--init={args.ckpt}", f"--data={args.adapt_data}", f"--name={name}"]
-    print(f"adapts to {args.adapt_data}: train.py --mode adapt --init {args.ckpt} "
-          f"--data {args.adapt_data} --name {name}", flush=True)
+               "dry_run", "batch", "eval_clips", "precision")
+        kept = {f.name: config[f.name] for f in fields(Config) if f.name in config and f.name not in own}
+        if args.vae_weights:
+            kept["vae_weights"] = args.vae_weights
+        settings = Config(name=os.path.basename(target), mode="adapt", init=os.path.abspath(args.ckpt),
+                          data=args.adapt_data, batch=ADAPT_BATCH, eval_clips=1, precision=args.precision,
+                          **kept)
+        os.makedirs(target, exist_ok=True)
+        with whole(os.path.join(target, "config.json")) as part, open(part, "w") as f:
+            json.dump(asdict(settings) | {"torchrun": None}, f, indent=1)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, script, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          text=True, env=alone)
+    done = subprocess.run([sys.executable, script, f"--resume={target}"], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True, env=alone)
     if done.returncode:
         complaint = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise UserError(f"adaptation failed: {complaint[-1]}")
@@ -295,11 +322,13 @@ def parse(argv):
     add("--task", default="all", choices=(*TASKS, "all"))
     add("--data", nargs="+", help="sources to measure on, a row each (toy: all robots; else the run's own)")
     add("--adapt_data", help="source with actions to adapt to (toy: held-out)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each has its own clips, noise and probe")
-    add("--clips", type=int, default=64, help="dreamed clips a source and seed (the paper: 1920)")
-    add("--transitions", type=int, default=20000, help="of the probe, held out; a tenth for the codebook")
-    add("--sampling_steps", type=int, help="Euler steps (as trained)")
-    add("--guidance", type=float, help="guidance scale (as trained)")
+    add("--seeds", type=number(int), nargs="+", default=[0, 1, 2],
+        help="each has its own clips, noise and probe")
+    add("--clips", type=number(int, 2), default=64, help="dreamed clips a source and seed (the paper: 1920)")
+    add("--transitions", type=number(int, 20), default=20000,
+        help="of the probe, held out; a tenth for the codebook")
+    add("--sampling_steps", type=number(int, 1), help="Euler steps (as trained)")
+    add("--guidance", type=number(float), help="guidance scale (as trained)")
     add("--i3d", help="FVD's network: StyleGAN-V's I3D as TorchScript")
     add("--vae_weights", help="where Open-Sora's VAE lies now")
     add("--precision", default="auto", choices=PRECISIONS, help="bf16 autocast; auto: on cuda")
@@ -308,10 +337,6 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not (args.ckpt or args.compare):
         parser.error("--ckpt: which run?")
-    for name, least in {"clips": 2, "transitions": 2, "sampling_steps": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} {value}: too few")
     return args
 
 
@@ -348,7 +373,7 @@ def main(argv):
 
 def evaluate(args, process):
     case = open_case(args, process)
-    os.makedirs(os.path.join(case.out, "samples"), exist_ok=True)
+    open_results(case.out)
     cfg, frames = case.world.cfg, case.config["eval_frames"]
     protocol = {                                                # numbers compare with those measured alike
         "clips": args.clips, "frames": frames, "generated": frames - 1, "size": case.config["size"],

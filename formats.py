@@ -56,12 +56,24 @@ def tell(about, line):
 
 
 @contextlib.contextmanager
+def named(path):
+    """An OSError in writing this file has its name: a full disk's has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = path
+        raise
+
+
+@contextlib.contextmanager
 def whole(path):
     """Write a file whole or not at all: yields `path`.part to write to, which becomes `path` in the end."""
     part = path + ".part"
     try:
-        yield part
-        os.replace(part, path)
+        with named(path):
+            yield part
+            os.replace(part, path)
     except BaseException:                   # Ctrl-C too leaves nothing half-written
         with contextlib.suppress(OSError):
             os.remove(part)

@@ -18,7 +18,7 @@ from einops import rearrange
 import toy
 from data import another, to_video
 from flow import Draw, sample, shift_time, time_ratio
-from formats import UserError, first_line, optional
+from formats import UserError, first_line, optional, whole
 from lam import resize
 from metrics import cka, codebook_metrics, full_precision, joint_codes, nmi, probe, psnr, ssim
 
@@ -99,7 +99,8 @@ def save_gif(path, videos, fps=4, rows=4):
     pixels = ((grid + 1) * 127.5).round().byte()
     scale = max(1, 128 // videos[0].shape[-1])
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    imageio.imwrite(path, pixels.numpy(), duration=1000 / fps, loop=0)
+    with whole(path) as part:
+        imageio.imwrite(part, pixels.numpy(), extension=".gif", duration=1000 / fps, loop=0)
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ import desk
 import toy
 from checkpoint import load_checkpoint, restore
 from config import PRECISIONS, Process
-from data import Parser, program, to_video
-from evaluate import run_folder, save_results, table
+from data import Parser, number, program, to_video
+from evaluate import open_results, run_folder, save_results, table
 from flow import Draw
 from formats import UserError, first_line
 from judge import save_gif
@@ -291,7 +291,7 @@ def problems(args, task, robot, size):
 
 def parse(argv):
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add, count, share = parser.add_argument, number(int, 1, 1e6), number(float, 0, 1)
     add("--ckpt", help="run folder or checkpoint of train.py --mode adapt")
     add("--random", action="store_true", help="also act at random: the lower bound")
     add("--oracle", action="store_true", help="also plan in the true simulator: the upper bound")
@@ -299,34 +299,32 @@ def parse(argv):
     add("--task", nargs="+", help="(all of the environment's)")
     add("--goals", default=DEFAULT_GOALS, help="RoboDesk's: folder (the default is filled up) or VP2's HDF5")
     add("--classifier", help="weights of VP2's success classifier, for a single task (without: pixels alone)")
-    add("--pairs", type=int, default=30, help="start-goal pairs a task")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of planner and dreams; the pairs stay")
+    add("--pairs", type=count, default=30, help="start-goal pairs a task")
+    add("--seeds", type=number(int), nargs="+", default=[0, 1, 2],
+        help="of planner and dreams; the pairs stay")
     add("--planner", choices=("cem", "mppi"), help="(toy: cem, robodesk: mppi)")
-    add("--samples", type=int, help="candidates of an iteration (64; robodesk 200, slide and drawer 800)")
-    add("--iterations", type=int, default=3, help="of CEM")
-    add("--elites", type=float, help="share of CEM's samples that is refitted to (toy 0.2, robodesk 0.05)")
-    add("--gamma", type=float, default=0.05, help="MPPI's weight of the reward")
-    add("--beta", type=float, default=0.5, help="correlation of the noise in time")
-    add("--std", type=float, nargs="+", help="of the noise, one for all actions or one each")
-    add("--horizon", type=int, help="actions of a plan (toy 5, robodesk 10)")
-    add("--replan", type=int, help="actions before the next plan (toy 2, robodesk 1)")
-    add("--steps", type=int, help="actions of an episode (toy 6, robodesk 15)")
-    add("--wait", type=int, help="of them, zero actions before the first plan (toy 0, robodesk 1)")
-    add("--context", type=int, help="frames that a dream starts from, at most (toy 1, robodesk 2)")
-    add("--sampling_steps", type=int, help="Euler steps (toy 2, robodesk 3)")
-    add("--guidance", type=float, default=1.0, help="guidance scale; 1: none")
+    add("--samples", type=count, help="candidates of an iteration (64; robodesk 200, slide and drawer 800)")
+    add("--iterations", type=count, default=3, help="of CEM")
+    add("--elites", type=share, help="share of CEM's samples that is refitted to (toy 0.2, robodesk 0.05)")
+    add("--gamma", type=number(float), default=0.05, help="MPPI's weight of the reward")
+    add("--beta", type=share, default=0.5, help="correlation of the noise in time")
+    add("--std", type=number(float), nargs="+", help="of the noise, one for all actions or one each")
+    add("--horizon", type=count, help="actions of a plan (toy 5, robodesk 10)")
+    add("--replan", type=count, help="actions before the next plan (toy 2, robodesk 1)")
+    add("--steps", type=count, help="actions of an episode (toy 6, robodesk 15)")
+    add("--wait", type=number(int), help="of them, zero actions before the first plan (toy 0, robodesk 1)")
+    add("--context", type=count, help="frames that a dream starts from, at most (toy 1, robodesk 2)")
+    add("--sampling_steps", type=count, help="Euler steps (toy 2, robodesk 3)")
+    add("--guidance", type=number(float), default=1.0, help="guidance scale; 1: none")
     add("--vae_weights", help="where Open-Sora's VAE lies now")
     add("--precision", default="auto", choices=PRECISIONS, help="bf16 autocast; auto: on cuda")
     add("--out", help="folder of results.json and GIFs (the run's, or out/plan-ENV), or to collect in")
     add("--collect", choices=("robodesk",), help="record episodes instead of planning; what is there stays")
-    add("--episodes", type=int, default=400, help="to collect")
+    add("--episodes", type=count, default=400, help="to collect")
     args = parser.parse_args(argv)
     for k, v in DEFAULTS[args.env].items():
         if k in args and getattr(args, k) is None:
             setattr(args, k, v)
-    for k, v in vars(args).items():
-        if type(v) is int and v < 1 and k != "wait":            # a number of something
-            parser.error(f"--{k} {v}: must be at least 1")
     if args.replan > args.horizon:
         parser.error(f"--replan {args.replan}: a plan has only --horizon {args.horizon} actions")
     dims = len(DEFAULTS[args.env]["std"])
@@ -350,7 +348,8 @@ def open_world(args, device):
     if not world.adapter:
         raise UserError(f"{args.ckpt}: has no adapter from real actions; make one: "
                         f"train.py --mode adapt --init {args.ckpt} --data SOURCE")
-    body = desk.Desk if args.env == "robodesk" else toy.EMBODIMENTS.get(config["data"])
+    robot = toy.EMBODIMENTS.get(config["data"])                 # whose actions may be as many as a desk's
+    body = robot if args.env == "toy" else None if robot else desk.Desk
     if body is None or world.adapter.action_dim != body.action_dim:
         raise UserError(f"{args.ckpt}: is adapted to the {world.adapter.action_dim}-dimensional actions of "
                         f"{config['data']}, not to {args.env}")
@@ -380,6 +379,7 @@ def main(argv):
         world, robot, size, step = open_world(args, process.device)
         out = args.out or run_folder(args.ckpt)
     classifier = open_classifier(args.classifier, size, process.device) if args.classifier else None
+    open_results(out)
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
     apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")

@@ -21,7 +21,7 @@ import sys
 
 import numpy as np
 
-from data import Parser, program
+from data import Parser, number, program
 from figures import ALIGN, CODEBOOK, HERE, bars, curve, markdown, plot, rows_at
 from formats import UserError, optional, whole
 
@@ -366,11 +366,10 @@ def main(argv):
     parser.add_argument("target", choices=[*TARGETS, "all"])
     parser.add_argument("--preset", default="tiny", choices=KILO)
     parser.add_argument("--variant", default="main", choices=VARIANTS)
-    parser.add_argument("--kilo", type=int, help="our steps for 1,000 of the paper's (tiny 25, small 100)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--kilo", type=number(int, 1),
+                        help="our steps for 1,000 of the paper's (tiny 25, small 100)")
+    parser.add_argument("--seeds", type=number(int), nargs="+", default=SEEDS)
     args = parser.parse_args(argv)
-    if args.kilo is not None and args.kilo < 1:
-        parser.error(f"--kilo {args.kilo}: must be at least 1")
     of_one = [t for t in TARGETS if t not in ("pretrained", "causes")]      # these compare conditions
     targets = of_one if args.target == "all" else [args.target]
     if not all(t.startswith("table") for t in targets):

@@ -1,8 +1,10 @@
 """A run around the loop: its ranks, folder and log, what is measured on the way, how it is stopped."""
 
+import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import newest, save
 from config import phases
-from formats import UserError, speaks, whole
+from formats import UserError, named, speaks, whole
 from judge import align, clips_to_align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
@@ -56,13 +58,21 @@ def disconnect():
         dist.destroy_process_group()
 
 
-def of_node(process, value):
-    """The value that this rank's node has on its first rank"""
-    if not dist.is_initialized():
-        return value
-    everyone = [None] * process.ranks
-    dist.all_gather_object(everyone, value)
-    return everyone[process.rank - process.local]
+def of_node(process, ask):
+    """What ask() returns on the first rank of this rank's node; where it raises UserError, all ranks do."""
+    if process.ranks == 1:
+        return ask()
+    answer, answers = None, [None] * process.ranks
+    if process.local == 0:
+        try:
+            answer = ask()
+        except UserError as error:
+            answer = error
+    dist.all_gather_object(answers, answer)
+    for answer in answers:
+        if isinstance(answer, UserError):
+            raise answer
+    return answers[process.rank - process.local]
 
 
 def gather(x):
@@ -103,16 +113,46 @@ class Stops:
         return bool(flag)
 
 
+def run_folder(cfg):
+    return os.path.join("out", cfg.name) if cfg.resume == "none" else cfg.resume
+
+
+def lock(folder):
+    """Keep other processes out of a run's folder, until this one ends or closes the file that it gets.
+
+    Unlike other kinds of locks, this one is neither left behind by SIGKILL nor held by the loader's workers,
+    which live on for a while; and it stays with a folder that is renamed. None where there is no folder.
+    Raises UserError: another process has it. A file system without locks keeps nobody out.
+    """
+    if not os.path.exists(folder):
+        return None
+    path = os.path.join(folder, ".lock")
+    file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read() or 'another process'} is training there") from None
+    except OSError:
+        pass
+    with named(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+    return file
+
+
 class Run:
     """The folder of a run, out/NAME, and all that is written there, by the first rank alone.
 
     Args:
         step: where it starts; file: the checkpoint that it goes on from, or None.
+        held: the `lock` of a folder that is there already.
     """
 
-    def __init__(self, cfg, process, step=0, file=None):
-        self.cfg, self.process, self.step = cfg, process, step
-        self.out = os.path.join("out", cfg.name) if cfg.resume == "none" else cfg.resume
+    def __init__(self, cfg, process, step=0, file=None, held=None):
+        self.cfg, self.process, self.step, self.lock = cfg, process, step, held
+        self.out = run_folder(cfg)
         self.log = os.path.join(self.out, "metrics.jsonl")
         self.path = os.path.join(self.out, "ckpt.pt")
         self.saved = step if file == self.path else None        # the step of ckpt.pt, if it is whole
@@ -131,13 +171,18 @@ class Run:
 
     def open_folder(self):
         """Make the folder and its first files. An older run is moved aside, unless this goes on with it."""
+        self.lock = self.lock or lock(self.out)                 # another run may have made it by now
         if self.cfg.resume == "none" and os.path.exists(self.out):
             number = 1
             while os.path.exists(f"{self.out}.{number}"):
                 number += 1
             os.rename(self.out, f"{self.out}.{number}")
             print(f"  {self.out} exists: moved to {self.out}.{number}")
+            if self.lock:
+                self.lock.close()               # that run may go on
         os.makedirs(os.path.join(self.out, "samples"), exist_ok=True)
+        if self.cfg.resume == "none":
+            self.lock = lock(self.out)
         launch = os.getppid() if self.process.ranks > 1 else None               # see config.restarted
         settings = asdict(replace(self.cfg, resume="none")) | {"torchrun": launch}
         rows = self.rows_to_keep()
@@ -147,25 +192,42 @@ class Run:
             json.dump(settings, f, indent=1)
 
     def rows_to_keep(self):
-        """Lines of the log up to the checkpoint; what comes after will be written again."""
+        """Lines of the log up to the checkpoint; what comes after will be written again.
+
+        Damaged ones are left out, and stay in a copy of the log.
+        """
         if not os.path.exists(self.log):
             return []
-        kept = []
-        with open(self.log) as f:
-            for line in f:
-                if not line.endswith("}\n"):    # the last one, half-written
-                    break
+        kept, damaged = [], 0
+        with open(self.log, errors="replace") as f:
+            lines = f.readlines()
+        if lines and not lines[-1].endswith("}\n"):             # half-written
+            lines.pop()
+        for line in lines:
+            try:
                 row = json.loads(line)
-                again = row["step"] == self.step and row["event"] in ("align", "result")
-                if row["step"] <= self.step and not again:
+                step, event = row["step"], row["event"]
+                if step < self.step or step == self.step and event not in ("align", "result"):
                     kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        if damaged:
+            shutil.copy(self.log, self.log + ".damaged")
+            print(f"  {self.log}: {damaged} damaged lines are left out, and kept in {self.log}.damaged")
         return kept
+
+    def check_folder(self):
+        """UserError if the folder was renamed and another run made one of its name."""
+        file = os.path.join(self.out, ".lock")
+        if os.path.exists(file) and not os.path.samestat(os.stat(file), os.fstat(self.lock.fileno())):
+            raise UserError(f"{self.out}: is the folder of another run by now; this one stops")
 
     def record(self, event, **numbers):
         """One object in metrics.jsonl, one line on the terminal."""
         if not self.process.master:
             return
-        with open(self.log, "a") as f:
+        self.check_folder()
+        with named(self.log), open(self.log, "a") as f:
             f.write(json.dumps({"event": event, **numbers}) + "\n")
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items() if "/" not in k}
         tqdm.write(f"{event}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
@@ -180,6 +242,7 @@ class Run:
         """A checkpoint of this step."""
         if not self.process.master:
             return
+        self.check_folder()
         adapter = world.adapter.state_dict() if world.adapter else None
         save(self.out, self.cfg.keep, self.saved, step=self.step, phase=phase.name, world=world.config(),
              lam=world.lam.state_dict(), dit=world.dit.state_dict(), adapter=adapter,

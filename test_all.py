@@ -6,6 +6,7 @@ python -m pytest -q -n 2 --dist loadgroup test_all.py
 import ast
 import contextlib
 import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -65,6 +66,7 @@ from judge import Lpips, align, loss_by_time, predict, video_measures
 from lam import Adapter, LAM, LAMConfig, Standardize, resize
 from metrics import (cka, codebook_metrics, collapsed, frechet, joint_codes, nmi, paired_t, probe, psnr,
                      ssim, wilson)
+from run import lock
 from transformer import KVCache
 from vae import PixelVAE, load_opensora_vae
 from vq import VectorQuantizer
@@ -2521,7 +2523,13 @@ def refusal(capsys):
     (["--mode", "magic"], "invalid choice: 'magic' (choose from"),
     (["--warmup", "-1"], "at least 0"),
     (["--lam_patch", "0"], "at least 1"),
-    (["--vq_start", "1"], "below 1"),
+    (["--vq_start", "1"], "at most 0.99"),
+    (["--latent_scale", "0"], "at least 1e-06"),
+    (["--crop", "inf"], "at most 1"),
+    (["--cooldown", "1.1"], "at most 1"),
+    (["--real_share", "2"], "at most 1"),
+    (["--hidden", "1000000000000"], "at most 100000"),
+    (["--batch", "1000000000000"], "at most 100000"),
     (["--batch", "many"], "invalid int value: 'many'"),
     (["--odd", "perhaps"], "invalid boolean value: 'perhaps'"),
     (["--pretrain", "0", "--warmup", "0", "--e2e", "0"], "nothing to train"),
@@ -2530,6 +2538,7 @@ def refusal(capsys):
     (["--resume", "nowhere"], "not the folder of a run"),
     (["--heads", "3"], "must be a multiple of 4 and of 2 x --heads"),
     (["--time_shift", "0"], "auto, none, or a number above 0"),
+    (["--time_shift", "inf"], "auto, none, or a number above 0"),
     (["--batch", "16", "--accumulate", "3"], "multiple of processes x --accumulate"),
     (["--latent_cache", "latents"], "needs --vae_weights"),
 ])
@@ -2551,6 +2560,23 @@ def test_precision_is_bf16_on_cuda_unless_it_is_said(device, precision, used):
 def test_models_compute_in_the_precision_of_their_process(precision, dtype):
     with Process(precision=precision).autocast():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.type is float])
+def test_no_setting_is_infinite_or_not_a_number(name, value, refusal):
+    assert f"--{name} {value}: must be at least" in refusal(f"--{name}={value}")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../assets", "/tmp/run", "a//b", "a/", "a/../../b",
+                                  "a" * 300, "a\nb", "\udcff"])
+def test_a_name_that_leads_out_of_the_folder_out_or_is_none_gets_one_line(name, refusal):
+    assert "must be the name of a folder in out" in refusal("--name", name)
+
+
+@pytest.mark.parametrize("name", ["toy", "a/b/c", "...", "my run", "-", "\u00e4"])
+def test_other_names_are_taken(name):
+    assert parse([f"--name={name}"]).name == name
 
 
 def test_every_size_is_a_field_of_the_part_that_it_names():
@@ -2999,11 +3025,97 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, begin):
     assert resumed == straight
 
 
+ENDLESS = ["--mode", "pretrain", "--pretrain", 100000, "--ckpt_every", 2, *SMALL]
+
+
+@pytest.mark.parametrize("args", [
+    ["--name", "k", *ENDLESS], ["--resume", "out/k"], ["--resume", "out/moved"]], ids=lambda args: args[1])
+def test_the_folder_of_a_live_run_is_left_to_it(args, tmp_path, begin):
+    process = begin("train.py", "--name", "k", *ENDLESS, cwd=tmp_path)
+    out = tmp_path / "out/k"
+    until((out / "ckpt.pt").exists, process)
+    if args[1] == "out/moved":
+        process.send_signal(signal.SIGSTOP)     # its next line would show it that its folder is gone
+        out = out.rename(tmp_path / "out/moved")
+    done = run("train.py", *args, cwd=tmp_path, ok=False)
+    where = "out/k" if args[0] == "--name" else args[1]
+    assert f"{where}: process {process.pid} on " in complaint(done)
+    assert process.poll() is None
+    assert os.listdir(tmp_path / "out") == [out.name]
+
+
+def test_workers_that_torchrun_left_behind_keep_their_folder(tmp_path, begin):
+    process = begin("train.py", "--name", "k", *ENDLESS, cwd=tmp_path, processes=2)
+    until((tmp_path / "out/k/ckpt.pt").exists, process)
+    ranks = [pid for pid, environment in children(process).items() if b"\0RANK=" in environment]
+    process.kill()
+    process.wait()
+    try:
+        for processes in (1, 2):
+            done = run("train.py", "--resume", "out/k", cwd=tmp_path, processes=processes, ok=False)
+            told = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+            assert len(told) == 1, done.stderr
+            assert "is training there" in told[0]
+    finally:
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_run_goes_on_while_the_loaders_of_the_one_that_was_killed_still_live(films, tmp_path, begin,
+                                                                               monkeypatch):
+    script = tmp_path / "workers.py"            # train.py, but that no source is small enough to need none
+    script.write_text("import sys, episodes, train\nepisodes.MEMORY = 0\ntrain.main(sys.argv[1:])")
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    process = begin(script, "--name", "k", *ENDLESS, "--data", films, cwd=tmp_path)
+    until((tmp_path / "out/k/ckpt.pt").exists, process)
+    workers = list(children(process))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for worker in workers:                      # by itself it ends within seconds
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        step = load_checkpoint(str(tmp_path / "out/k"))["step"]
+        run("train.py", "--resume", "out/k", "--pretrain", step + 1, cwd=tmp_path)
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+    assert workers
+
+
+def test_a_run_whose_folder_went_to_another_one_stops(tmp_path, begin):
+    process = begin("train.py", "--name", "k", *ENDLESS, cwd=tmp_path)
+    until((tmp_path / "out/k/ckpt.pt").exists, process)
+    process.send_signal(signal.SIGSTOP)
+    (tmp_path / "out/k").rename(tmp_path / "out/moved")
+    run("train.py", "--name", "k", *ENDLESS, "--pretrain", 3, cwd=tmp_path)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert "is the folder of another run by now" in complaint(subprocess.CompletedProcess([], 1, "", err))
+    assert result(tmp_path, "k")[1]["step"] == 3
+
+
+def test_a_run_that_is_moved_aside_may_go_on_beside_the_new_one(trained, tmp_path, begin):
+    shutil.copytree(trained[0] / "out/joint", tmp_path / "out/k")
+    process = begin("train.py", "--name", "k", *ENDLESS, cwd=tmp_path)
+    until((tmp_path / "out/k.1").exists, process)
+    run("train.py", "--resume", "out/k.1", "--e2e", 5, cwd=tmp_path)
+    assert process.poll() is None
+
+
+def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", refused)
+    for _ in range(2):
+        lock(str(tmp_path))
+
+
 @pytest.mark.parametrize("moment", [1, 2])
 def test_a_checkpoint_that_was_being_renamed_leaves_a_whole_one(moment, tmp_path, monkeypatch):
     """Its one before gets another name first, then it gets its own."""
     def save(step, before):
-        checkpoint.save(str(tmp_path), 1, before, step=step, world={}, lam={}, dit={})
+        checkpoint.save(str(tmp_path), 1, before, step=step, world={}, lam={}, dit={},
+                        config=asdict(Config()))
 
     rename, calls = os.replace, []
 
@@ -3136,6 +3248,137 @@ def test_a_run_is_resumed_with_its_own_settings(trained, refusal):
 
 def test_a_run_that_is_resumed_may_go_on_longer(trained):
     assert parse(["--resume", str(trained[0] / "out/joint"), "--e2e", "6"]).e2e == 6
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--warmup", 0], "4 of warmup, 4 of e2e; by these lengths they would be 4 of pretrain, 4 of e2e"),
+    (["--pretrain", 5], "by these lengths they would be 5 of pretrain, 4 of warmup, 3 of e2e"),
+    (["--e2e", 3], "by these lengths they would be 4 of pretrain, 4 of warmup, 3 of e2e"),
+])
+def test_what_a_run_has_done_keeps_its_phases(flags, words, trained, monkeypatch, refusal_of):
+    monkeypatch.chdir(trained[0])
+    assert words in refusal_of(train.main, "--resume", "out/joint", *flags)
+
+
+@pytest.mark.parametrize("step, lengths, fits", [
+    (6, {"warmup": 2}, True), (6, {"warmup": 1}, False), (6, {"warmup": 9, "e2e": 0}, True),
+    (4, {"pretrain": 5}, True), (5, {"pretrain": 5}, False), (3, {"warmup": 0}, True), (12, {"e2e": 9}, True),
+])
+def test_phases_to_come_and_the_one_of_now_may_change_their_lengths(step, lengths, fits, trained):
+    config = load_checkpoint(str(trained[0] / "out/joint"))["config"]
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="by these lengths"):
+        checkpoint.check_past(Config(**config | lengths), {"config": config, "step": step})
+
+
+def test_a_mistyped_vae_is_not_replaced_by_the_old_one(trained, tmp_path, refusal):
+    shutil.copytree(trained[0] / "out/joint", tmp_path / "r")
+    assert "--vae_weights nowhere: must be where none lies now" in refusal("--resume", tmp_path / "r",
+                                                                           "--vae_weights", "nowhere")
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    (tmp_path / "r/config.json").write_text(json.dumps(config | {"vae_weights": "vae"}))
+    assert "must be where vae lies now" in refusal("--resume", tmp_path / "r", "--vae_weights", "nowhere")
+    assert parse(["--resume", str(tmp_path / "r"), "--vae_weights", VAE]).vae_weights == VAE
+
+
+@pytest.mark.parametrize("content", [
+    "", "null", "[]", "3", "{}", '{"torchrun": null, "lr":', '{"torchrun": null, "huge": 1}', "\udcff",
+    *(json.dumps({"torchrun": None} | wrong) for wrong in (
+        {"lr": None}, {"lr": "1"}, {"batch": 1.5}, {"batch": True}, {"data": ["toy"]}, {"odd": 1}))])
+def test_damaged_settings_of_a_run_get_one_line(content, tmp_path, refusal):
+    (tmp_path / "config.json").write_bytes(os.fsencode(content))
+    assert "not the folder of a run, or of another version, or damaged" in refusal("--resume", tmp_path)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"mode": "x"}, "must be one of"), ({"lr": float("nan")}, "--lr nan"),
+    ({"batch": -4}, "--batch -4: must be at least 1")])
+def test_settings_of_a_run_that_make_no_sense_get_one_line(wrong, words, tmp_path, refusal):
+    (tmp_path / "config.json").write_text(json.dumps({"torchrun": None} | wrong))
+    assert words in refusal("--resume", tmp_path)
+
+
+def test_damaged_lines_of_a_log_cost_no_other(trained, tmp_path):
+    shutil.copytree(trained[0] / "out/joint", tmp_path / "out/k")
+    log = tmp_path / "out/k/metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    wrong = [b"\xff{\n", b"null\n", b'{"step": 2}\n', b'{"step": "2", "event": "train"}\n', b'{"event": \n']
+    log.write_bytes(b"".join([lines[0], *wrong, *lines[1:], lines[1][:9]]))
+    before = log.read_bytes()
+    done = run("train.py", "--resume", "out/k", "--e2e", 6, cwd=tmp_path)
+    assert f"metrics.jsonl: {len(wrong)} damaged lines" in done.stdout
+    assert (tmp_path / "out/k/metrics.jsonl.damaged").read_bytes() == before
+    assert log.read_bytes().startswith(b"".join(lines[:-1]))    # the last one is the result of step 12
+    assert result(tmp_path, "k")[1]["step"] == 14
+
+
+@pytest.mark.parametrize("config", [None, [], {}, 3, {"size": None}, {"size": "16"}])
+def test_a_checkpoint_with_damaged_settings_gets_one_line(config, trained, tmp_path):
+    state = torch.load(trained[0] / "out/joint/ckpt.pt", weights_only=True)
+    known = state["config"] if config and type(config) is dict else {}
+    state["config"] = known | config if known else config
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="ckpt.pt: not a whole checkpoint of train.py") as error:
+        load_world(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# what a full disk, or a place that cannot be written to, leaves
+
+
+def confined(tmp_path, program, size, *args, cwd=None):
+    """What a program says that has to stop, as no file may become larger than `size` bytes"""
+    script = tmp_path / f"confined/{program}.py"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f"""if True:
+        import resource, signal, sys
+        sys.path.insert(0, {HERE!r})
+        import data, {program}
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)           # an error then, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+        data.program({program}.main)""")
+    return complaint(run(script, *args, cwd=cwd or tmp_path, ok=False), f"{program}.py")
+
+
+@pytest.mark.parametrize("size, file", [(10, ".lock"), (1000, "config.json"), (3000, "metrics.jsonl"),
+                                        (30000, "ckpt.pt")])
+def test_a_full_disk_stops_a_run_with_one_line(size, file, tmp_path):
+    args = ["--name", "k", "--pretrain", 100, "--warmup", 0, "--e2e", 0, *SMALL, "--ckpt_every", 50]
+    line = confined(tmp_path, "train", size, *args, "--log_every", 1 if file == "metrics.jsonl" else 50)
+    assert f"out/k/{file}" in line
+    assert list(tmp_path.glob("out/k/*.part")) == []
+    run("train.py", *args, "--pretrain", 2, cwd=tmp_path)       # once there is room again
+    assert result(tmp_path, "k")[1]["step"] == 2
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
+    shutil.copytree(whole / "out/1", tmp_path / "out/k")
+    line = confined(tmp_path, "train", 30000, "--resume", "out/k", "--e2e", 84)
+    assert "out/k/ckpt.pt: cannot be written; is the disk full?" in line
+    assert "the last checkpoint, of step 160, is out/k/ckpt.pt" in line
+    assert sorted(f.name for f in tmp_path.glob("out/k/ckpt*")) == ["ckpt-00000159.pt", "ckpt.pt"]
+    run("train.py", "--resume", "out/k", cwd=tmp_path)
+
+
+def test_a_picture_that_cannot_be_written_stops_a_run_with_one_line(trained, tmp_path):
+    shutil.copytree(trained[0] / "out/joint", tmp_path / "out/k")
+    (tmp_path / "out/k/samples/000014.gif").mkdir()
+    line = complaint(run("train.py", "--resume", "out/k", "--e2e", 6, cwd=tmp_path, ok=False))
+    assert "000014.gif" in line
+    assert "the last checkpoint, of step 14, is out/k/ckpt.pt" in line
+    assert list(tmp_path.glob("out/k/samples/*.part")) == []
+
+
+def test_a_place_where_nothing_can_be_made_stops_a_run_with_one_line(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert "out/toy" in complaint(run("train.py", "--pretrain", 2, *SMALL, cwd=tmp_path, ok=False))
+
+
+def test_too_little_memory_gets_one_line(monkeypatch, capsys):
+    def main(_):
+        torch.empty(2 ** 50)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit, match="^train.py: .* you tried to allocate"):
+        program(main)
 
 
 def test_loader_workers_leave_signals_to_their_parent():
@@ -3374,7 +3617,7 @@ def test_imports_never_run_upwards():
 
 
 class Judged(NamedTuple):
-    folder: pathlib.Path        # has the run in out/r, and in out/r-held-out the one that is adapted from it
+    folder: pathlib.Path        # has the run in out/r, and as out/r-held-out the one that is adapted from it
     said: str                   # by the evaluation, on stdout
     results: dict
 
@@ -3387,6 +3630,7 @@ def judged(tmp_path_factory):
         "--adapter_steps", 2, "--adapt_steps", 2, *SMALL, cwd=folder)
     done = run("evaluate.py", "--ckpt", "out/r", "--clips", 8, "--transitions", 64, "--seeds", 0, 1,
                cwd=folder)
+    (folder / "out/r-held-out").symlink_to("r/adapted-held-out-6")
     return Judged(folder, done.stdout, json.loads((folder / "out/r/results.json").read_text()))
 
 
@@ -3449,7 +3693,7 @@ def test_the_adapted_world_is_measured(column, judged):
 
 
 def test_an_evaluation_of_everything_leaves_the_adapted_run(judged):
-    assert (judged.folder / "out/r-held-out/ckpt.pt").exists()
+    assert (judged.folder / "out/r/adapted-held-out-6/ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("codes", ["training", "inferred, held-out", "adapter, held-out"])
@@ -3536,6 +3780,30 @@ def test_tables_of_an_earlier_step_go(saved):
 # the adaptation that an evaluation starts
 
 
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """A folder with a short run in runs/r, of which an earlier checkpoint is kept, and none in out"""
+    folder = tmp_path_factory.mktemp("moved")
+    run("train.py", "--name", "r", "--pretrain", 2, "--warmup", 1, "--e2e", 1, "--ckpt_every", 3,
+        "--adapter_steps", 1, "--adapt_steps", 1, *SMALL, cwd=folder)
+    (folder / "out").rename(folder / "runs")
+    return folder
+
+
+@pytest.mark.parametrize("place, ckpt, step", [
+    (".", "runs/r", 4), ("runs/r", ".", 4), ("runs/r", "ckpt.pt", 4), ("/", "ABSOLUTE", 4),
+    (".", "runs/r/ckpt-00000003.pt", 3)])
+def test_a_run_is_adapted_wherever_it_lies_and_whoever_calls(place, ckpt, step, moved, monkeypatch, capsys):
+    monkeypatch.chdir(moved / place)
+    shutil.rmtree(moved / f"runs/r/adapted-held-out-{step}", ignore_errors=True)
+    ckpt = str(moved / "runs/r") if ckpt == "ABSOLUTE" else ckpt
+    evaluate.main(["--ckpt", ckpt, "--task", "adapt", "--clips", "2", "--transitions", "20", "--seeds", "0"])
+    assert "code_accuracy" in capsys.readouterr().out
+    made = load_checkpoint(str(moved / f"runs/r/adapted-held-out-{step}"))
+    assert all(torch.equal(v, made["lam"][k]) for k, v in load_checkpoint(ckpt)["lam"].items())
+    assert not (moved / "out").exists()
+
+
 class Trainings:
     """Stands for `subprocess.run`: notes how train.py was called, and ends it with `status`."""
     status, stderr = 0, ""
@@ -3562,43 +3830,54 @@ def trainings(tmp_path, monkeypatch):
     return calls
 
 
-def adapt(config={}, ckpt="out/r"):
-    return evaluate.adapted(evaluate.parse(["--ckpt", ckpt, "--adapt_data", "held-out"]), config)
+ADAPTED = "out/r/adapted-held-out-30"
+
+
+def adapt(config={}, *args):
+    flags = ["--ckpt", "out/r", "--adapt_data", "held-out", *args]
+    return evaluate.adapted(evaluate.parse(flags), config, 30)
 
 
 def leave_adaptation(log):
-    """Leave a checkpoint and a log's line in out/r-held-out, as an adaptation does."""
-    os.makedirs("out/r-held-out")
-    pathlib.Path("out/r-held-out/ckpt.pt").touch()
-    pathlib.Path("out/r-held-out/metrics.jsonl").write_text(log + "\n")
+    """Leave a checkpoint and a log's line in the folder of an adaptation, as one does."""
+    os.makedirs(ADAPTED)
+    pathlib.Path(ADAPTED, "ckpt.pt").touch()
+    pathlib.Path(ADAPTED, "metrics.jsonl").write_text(log + "\n")
 
 
-def test_an_adaptation_is_a_run_of_train_beside_the_one_that_it_starts_from(trainings):
-    assert adapt() == "out/r-held-out"
-    assert {"--mode=adapt", "--init=out/r", "--data=held-out", "--name=r-held-out"} <= set(trainings.flags[0])
+def settings_of_adaptation():
+    """Those that differ from the defaults"""
+    defaults = asdict(Config())
+    settings = parse([f"--resume={ADAPTED}"])
+    return {name: value for name, value in asdict(settings).items() if value != defaults[name]}
 
 
-def test_an_adaptation_keeps_the_settings_of_its_run(trainings):
-    adapt({"seed": 3})
-    assert "--seed=3" in trainings.flags[0]
-
-
-@pytest.mark.parametrize("name", ["batch", "resume", "pairs"])
-def test_an_adaptation_takes_no_setting_that_it_has_itself_or_that_is_gone(name, trainings):
-    adapt({"seed": 3, "batch": 64, "pairs": True, "resume": ""})
-    assert [flag for flag in trainings.flags[0] if flag.startswith(f"--{name}")] == []
-
-
-@pytest.mark.parametrize("ckpt", ["elsewhere/r", "elsewhere/r/ckpt-00000030.pt"])
-def test_a_run_that_lies_elsewhere_is_adapted_there(ckpt, trainings):
-    os.makedirs("elsewhere/r")
-    assert adapt(ckpt=ckpt) == "elsewhere/r-held-out"
-    assert {f"--init={ckpt}", "--name=../elsewhere/r-held-out"} <= set(trainings.flags[0])
+def test_an_adaptation_is_a_run_of_train_within_the_one_that_it_starts_from(trainings):
+    assert adapt() == ADAPTED
+    assert trainings.flags == [[f"--resume={ADAPTED}"]]
+    assert settings_of_adaptation() == {"name": "adapted-held-out-30", "mode": "adapt", "data": "held-out",
+                                        "init": os.path.abspath("out/r"), "eval_clips": 1,
+                                        "eval_transitions": 64, "resume": ADAPTED}
 
 
 def test_an_adaptation_runs_in_the_callers_folder(trainings):
     adapt()
     assert "cwd" not in trainings.options[0]
+
+
+def test_an_adaptation_keeps_the_settings_of_its_run(trainings):
+    adapt({"seed": 3})
+    assert settings_of_adaptation()["seed"] == 3
+
+
+def test_an_adaptation_finds_the_vae_where_it_lies_now(trainings):
+    adapt({"vae_weights": "there"}, "--vae_weights", "here")
+    assert settings_of_adaptation()["vae_weights"] == "here"
+
+
+def test_an_adaptation_takes_no_setting_that_it_has_itself_or_that_is_gone(trainings):
+    adapt({"seed": 3, "batch": 64, "pairs": True, "resume": "", "freeze_lam": True})
+    assert not {"batch", "pairs", "freeze_lam"} & settings_of_adaptation().keys()
 
 
 def test_an_adaptation_is_one_process_whatever_the_ranks_of_the_evaluation(trainings, monkeypatch):
@@ -3611,13 +3890,13 @@ def test_an_adaptation_is_one_process_whatever_the_ranks_of_the_evaluation(train
 
 def test_an_adaptation_that_was_stopped_is_gone_on_with(trainings):
     leave_adaptation('{"event": "train"}')
-    assert adapt() == "out/r-held-out"
-    assert trainings.flags == [["--resume=out/r-held-out"]]
+    assert adapt() == ADAPTED
+    assert trainings.flags == [[f"--resume={ADAPTED}"]]
 
 
 def test_an_adaptation_that_is_whole_is_used(trainings):
     leave_adaptation('{"event": "result"}')
-    assert adapt() == "out/r-held-out"
+    assert adapt() == ADAPTED
     assert trainings.flags == []
 
 

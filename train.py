@@ -25,13 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 import toy
-from checkpoint import LatentCache, build, checkpoints, load_checkpoint, newest, restore
+from checkpoint import LatentCache, build, check_past, checkpoints, load_checkpoint, newest, restore
 from config import PRESETS, Process, adopt, parse, phases
 from data import clips, loader, parse_source, program, random_crop, sources, to_video
 from flow import Draw
 from formats import UserError
 from lam import Adapter
-from run import Run, Stops, Watch, connect, describe, disconnect, of_node, set_modes, wait_for_all
+from run import (Run, Stops, Watch, connect, describe, disconnect, lock, of_node, run_folder, set_modes,
+                 wait_for_all)
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 
@@ -258,11 +259,22 @@ def prepare_and_train(cfg, process):
         path = getattr(cfg, name)
         if cfg.dry_run and path == PRESETS[cfg.preset].get(name) and not os.path.exists(path):
             absent.append(name)
-    state, file = None, None
-    if cfg.resume != "none" and checkpoints(cfg.resume):        # without any, a run starts over in its folder
-        state, file = newest(cfg.resume) if process.local == 0 else (None, None)
-        file = of_node(process, file)
+    state, held = None, None
+
+    def enter():
+        """Keep others out of the run's folder; the checkpoint to go on from, where there is one"""
+        nonlocal state, held
+        if process.master and not cfg.dry_run:
+            held = lock(run_folder(cfg))
+        if cfg.resume == "none" or not checkpoints(cfg.resume):     # without any, a run starts over
+            return None
+        state, file = newest(cfg.resume)
+        return file
+
+    file = of_node(process, enter)
+    if file:
         state = state or load_checkpoint(file)
+        check_past(cfg, state)
     warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
     with torch.device("meta" if cfg.dry_run else "cpu"):
         moved = cfg.vae_weights if os.path.exists(cfg.vae_weights) else None
@@ -281,7 +293,7 @@ def prepare_and_train(cfg, process):
         describe(cfg, process, world, groups, absent)
     if cfg.dry_run:
         return
-    run = Run(cfg, process, state["step"] if state else 0, file)
+    run = Run(cfg, process, state["step"] if state else 0, file, held)
     optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=process.cuda or None)
     if state:
@@ -295,6 +307,8 @@ def prepare_and_train(cfg, process):
         train(cfg, process, run, world, data, groups, optimizer, cache)
     except KeyboardInterrupt:
         run.stop("stopped by Ctrl-C")
+    except OSError as error:                                    # a full disk
+        run.stop(str(error))
     finally:
         run.bar.close()
 
