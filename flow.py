@@ -178,9 +178,7 @@ class World(nn.Module):
             # infer and quantize
             z, indices, vq = self.lam.encode(video, draw)
             z = self.drive(z, real, draw)
-            actions = self.pack(z)                                              # (b, l-1, r*k*d)
-            if self.training:
-                actions = self.drop(actions, draw)
+            actions = self.drop(self.pack(z), draw)                             # (b, l-1, r*k*d)
         # noise all frames but the context: 1 clean frame with probability 1/2, else 1 .. l-1
         x0 = self.vae.encode(video) if latents is None else latents             # (b, c, l, h, w)
         b, c, l, h, w = x0.shape
@@ -208,7 +206,9 @@ class World(nn.Module):
         return torch.where(driven, self.latent_actions(real), z)
 
     def drop(self, actions, draw):
-        """Zero actions of single latent frames and of whole clips, as guidance needs a null action."""
+        """In training: zero actions of single latent frames and whole clips; guidance needs a null action."""
+        if not self.training:
+            return actions
         b, n, _ = actions.shape
         keep = draw(torch.rand, b, n, 1) >= self.cfg.action_drop
         keep &= draw(torch.rand, b, 1, 1) >= self.cfg.clip_drop
