@@ -177,12 +177,13 @@ def parse_source(text):
     for n in range(len(pieces), 0, -1):
         place, options = "@".join(pieces[:n]), pieces[n:]
         name, _, path = place.partition(":")
-        if os.path.exists(place) or not path:                   # no NAME: the path's own
-            name, path = os.path.basename(os.path.normpath(place)), place
+        if os.path.exists(place) or not path:
+            name, path = "", place
         if os.path.exists(path):
             break
     if any("=" not in option for option in options):
         raise UserError(f"--data {text}: options read @NAME=VALUE")
+    name = name or os.path.basename(os.path.normpath(path))
     return name, path, dict(option.split("=", 1) for option in options), weight
 
 

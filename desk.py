@@ -13,12 +13,13 @@ import itertools
 import os
 from typing import NamedTuple
 
+import av
 import imageio.v3 as imageio
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from formats import HDF5_ENDINGS, UserError, first_line, write_episode
+from formats import HDF5_ENDINGS, UserError, first_line, whole
 
 
 class Route(NamedTuple):
@@ -204,6 +205,19 @@ def play(desk, task, actions, steps, until_success=False):
             break
     labels = dict(actions=np.stack(done), states=np.stack(states), success=success, task=task)
     return np.stack(frames), labels
+
+
+def write_episode(path, frames, labels, fps):
+    """Arrays `labels` as path.npz and `frames` (t, h, w, 3) uint8 as path.mp4; where that is, all is."""
+    with whole(path + ".npz") as part, open(part, "wb") as file:
+        np.savez(file, **labels)
+    with whole(path + ".mp4") as part, av.open(part, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "0"})     # only colours lose a little
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        file.mux(stream.encode(None))
 
 
 def collect(folder, episodes, size=64, seed=0, steps=15):

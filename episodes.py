@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, base_of, first_line, frame_times,
-                     index, inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, tell)
+from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, first_line, frame_times, index,
+                     inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, tell)
 
 KEPT = {}                   # decoded episodes of small sources
 MEMORY = 2 ** 30            # bytes for them; a source is small if it takes less than a quarter of it
@@ -89,6 +89,11 @@ def find_episodes(path, camera=None, split=None):
     return "video", episodes, unseen | skipped
 
 
+def base_of(path):
+    """The folder from which the files of a source are named"""
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
 def files_in(path, skipped):
     """Files in a folder and its subfolders, each once, whatever links lead to it; nothing hidden.
 
@@ -121,21 +126,21 @@ def choose_camera(path, cameras, wanted):
     if len(cameras) == 1 and not wanted:
         return next(iter(cameras))
     if not cameras:
-        raise UserError(f"--data {path}: no camera in it")
+        raise UserError(f"--data {path}: no camera in it that is stored as video; images are not read")
     raise UserError(f"--data {path}: which of its cameras? @camera={' or @camera='.join(cameras)}")
 
 
 def video_episodes(path, files):
     """Each file an episode: list of Episode, and {file: why it is skipped}"""
-    episodes, skipped = [], {}
-    for file, info in index(path, files, inspect_video).items():
-        name = os.path.relpath(file, base_of(path))
+    episodes, skipped, base = [], {}, base_of(path)
+    for file, info in index(base, files, inspect_video).items():
         if "error" in info:
             skipped[file] = info["error"]
             continue
         rows, dims = info["actions"] or (info["n"], 0)
         if rows in (info["n"] - 1, info["n"]):
-            episodes.append(Episode(name, file, info, 0, info["n"], dims, (side_file(file), None)))
+            name, actions = os.path.relpath(file, base), (side_file(file), None)
+            episodes.append(Episode(name, file, info, 0, info["n"], dims, actions))
         else:
             skipped[file] = f"{rows} actions beside {info['n']} frames"
     return episodes, skipped
@@ -144,8 +149,8 @@ def video_episodes(path, files):
 def hdf5_episodes(path, files, camera, split):
     """Each demonstration an episode: list of Episode, and {file or file:demo: why it is skipped}"""
     optional("h5py")        # where it is missing, no file is at fault
-    episodes, skipped = [], {}
-    for file, found in index(path, files, inspect_hdf5).items():
+    episodes, skipped, base = [], {}, base_of(path)
+    for file, found in index(base, files, inspect_hdf5).items():
         if "error" in found:
             skipped[file] = found["error"]
             continue
@@ -165,8 +170,8 @@ def hdf5_episodes(path, files, camera, split):
                 continue
             info = {"n": n, "fps": fps, "pts": [0, 1], "regular": True, "base": 1 / fps, "hw": demo["hw"]}
             actions, images = (file, f"data/{name}/actions"), f"data/{name}/obs/{view}"
-            inside = f"{os.path.relpath(file, base_of(path))}:{name}"
-            episodes.append(Episode(inside, file, info, 0, n, shape[1] if shape else 0, actions, images))
+            full = f"{os.path.relpath(file, base)}:{name}"
+            episodes.append(Episode(full, file, info, 0, n, shape[1] if shape else 0, actions, images))
     return episodes, skipped
 
 
@@ -175,8 +180,6 @@ def lerobot_episodes(path, camera, split):
     optional("pyarrow.parquet")
     try:
         meta = LeRobot(path)
-        if camera in meta.images or meta.images and not meta.cameras:
-            raise UserError(f"--data {path}: {' '.join(meta.images)}: stored as images; only video is read")
         rows = meta.rows(choose_camera(path, meta.cameras, camera), split)
     except UserError:
         raise

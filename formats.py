@@ -48,13 +48,6 @@ def speaks():
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def tell(about, line):
-    """Say once what a run goes on without."""
-    if about not in TOLD and speaks():
-        print(line, file=sys.stderr)
-    TOLD.add(about)
-
-
 @contextlib.contextmanager
 def named(path):
     """An OSError in writing this file has its name: a full disk's has none."""
@@ -86,6 +79,13 @@ def optional(package):
         return importlib.import_module(package)
     except ImportError:
         raise UserError(f"needs pip install {package.split('.')[0]}") from None
+
+
+def tell(about, line):
+    """Say once what a run goes on without."""
+    if about not in TOLD and speaks():
+        print(line, file=sys.stderr)
+    TOLD.add(about)
 
 
 def inspect_video(file):
@@ -125,10 +125,7 @@ def inspect_video(file):
 
 
 def is_cut(file):
-    """Whether a file is shorter than it says: a cut MP4 does not decode, but others do, to a shorter film.
-
-    A Matroska file or an AVI whose writer was killed does not say how long it is.
-    """
+    """Whether a file is shorter than it says: a cut MP4 does not decode, but others do, to a shorter film."""
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         head = f.read(4096)
@@ -188,19 +185,6 @@ def decode(file, pts, seek, fit):
             if not seek:                    # else the caller tries again from the start
                 raise
     return found
-
-
-def write_episode(path, frames, labels, fps):
-    """Arrays `labels` as path.npz and `frames` (t, h, w, 3) uint8 as path.mp4; where that is, all is."""
-    with whole(path + ".npz") as part, open(part, "wb") as file:
-        np.savez(file, **labels)
-    with whole(path + ".mp4") as part, av.open(part, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": "0"})     # only colours lose a little
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p"
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
-        file.mux(stream.encode(None))
 
 
 def inspect_hdf5(file):
@@ -280,8 +264,7 @@ class LeRobot:
         if not self.old and not version.startswith("v3"):
             raise UserError(f"--data {root}: LeRobot {version}; v2.x and v3.0 can be read")
         features = self.info["features"]
-        self.cameras, self.images = ([name for name, feature in features.items() if feature["dtype"] == kind]
-                                     for kind in ("video", "image"))
+        self.cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
         self.dims = int(np.prod(features.get("action", {"shape": [0]})["shape"]))
 
     def place(self, pattern, **names):
@@ -340,21 +323,15 @@ class LeRobot:
         return first
 
 
-def base_of(source):
-    """The folder from which the files of a source are named"""
-    return source if os.path.isdir(source) else os.path.dirname(source)
-
-
-def index(root, files, inspect):
-    """{file: what `inspect` says of it, or {"error": why it cannot}}, kept beside the source, else in `out`
+def index(base, files, inspect):
+    """{file: what `inspect` says of it, or {"error": why it cannot}}, kept in `base`, else in `out`
 
     It is renewed for files whose size or time of change differs. Other processes wait for the one that does.
-    Where it cannot be written it is made again the next time.
     """
-    base = os.path.abspath(base_of(root))
+    base = os.path.abspath(base)
     folder, name = base, f".cola-index-{inspect.__name__}.json"
     if not os.access(folder, os.W_OK):
-        folder, name = "out", f"{name}-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
+        folder, name = "out", f"{name}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:12]}"
     path = os.path.join(folder, name)
     keys = {file: os.path.relpath(file, base) for file in files}
     with contextlib.ExitStack() as lock:
@@ -365,7 +342,7 @@ def index(root, files, inspect):
         known = read_index(path)
         stamps = {file: stamp(file) for file in files}
         fresh = [file for file in files if known.get(keys[file], {}).get("stamp") != stamps[file]]
-        title = f"index of {os.path.basename(os.path.abspath(root))}"
+        title = f"index of {os.path.basename(base)}"
         hidden = True if len(fresh) < 20 else None              # None: unless on a terminal
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             infos, written = pool.map(lambda file: attempt(inspect, file), fresh), time.monotonic()
@@ -387,7 +364,7 @@ def read_index(path):
 
 
 def write_index(path, known):
-    """It saves time and nothing else, so that no run ends where it cannot be written."""
+    """It saves time, nothing else: no run ends because it cannot be written."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with whole(path) as part, open(part, "w") as f:

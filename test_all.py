@@ -1621,7 +1621,7 @@ def test_a_lerobot_camera_that_is_stored_as_images_is_named(tmp_path):
     (tmp_path / "meta").mkdir()
     info = {"codebase_version": "v3.0", "fps": 10, "features": {"front": {"dtype": "image"}}}
     (tmp_path / "meta/info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="front: stored as images; only video is read"):
+    with pytest.raises(UserError, match="no camera in it that is stored as video"):
         clips(str(tmp_path), 32, 5)
 
 
