@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import bench
@@ -2787,6 +2788,62 @@ def test_modes_start_from_the_same_weights(part):
                         for mode in ("joint", "two-stage"))
     assert [k for k in two_stage.keys() - joint.keys() if not k.startswith("fdm.")] == []
     assert [k for k, v in joint.items() if not torch.equal(v, two_stage[k])] == []
+
+
+def fake_world(args):
+    """A World of fake tensors, which have shapes, dtypes and devices, but no values; and its settings"""
+    cfg = parse(["--frames", "4", *args])
+    world = build(replace(cfg, init="none"))
+    world.adapter, world.lam.quantize = Adapter(2, world.lam.cfg), True
+    return cfg, world
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("phase, args", [
+    ("pretrain", ["--mode", "pretrain"]),
+    ("warmup", []),
+    ("e2e", ["--odd", "0", "--standardize", "0"]),
+    ("lam", ["--mode", "two-stage", "--activation_checkpointing"]),
+    ("wm", ["--mode", "two-stage"]),
+    ("adapter", ["--mode", "adapt", "--init", "run"]),
+    ("adapt", ["--mode", "adapt", "--init", "run"]),
+])
+def test_types_fit_in_every_phase(phase, args, precision):
+    with FakeTensorMode():
+        cfg, world = fake_world(args)
+        process, groups = Process(precision=precision), train.parameter_groups(world)
+        phase = next(row for row in phases(cfg) if row.name == phase)
+        model = train.begin(cfg, process, world, phase, groups, torch.optim.AdamW(world.parameters()), ())
+        if cfg.activation_checkpointing:
+            train.save_memory(world)
+        clip = {"fps": torch.full((2,), 24.0), "actions": torch.randn(2, 3, 2)}
+        with process.autocast():
+            loss, _ = train.LOSSES[phase.loss][1](phase, world, model, clip, torch.rand(2, 3, 4, 16, 16),
+                                                  Draw(0), None)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        for name in phase.trains:
+            assert {p.grad.dtype for p in groups[name]} == {torch.float32}, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_types_fit_in_dreams_and_plans(guidance, precision, monkeypatch):
+    def as_they_are(z, dim, return_inverse):                    # which are equal depends on values
+        return z, torch.arange(len(z))
+
+    monkeypatch.setattr(torch.Tensor, "unique", as_they_are)
+    with FakeTensorMode(allow_non_fake_inputs=True), Process(precision=precision).autocast(), torch.no_grad():
+        _, world = fake_world(["--mode", "two-stage"])
+        world.eval()
+        x = torch.rand(2, 3, 6, 16, 16)                         # longer than the generator's window
+        z, draw = world.lam.encode(x)[0], Draw(0)
+        seen = [world.rollout(x[:, :, :1], z, 2, guidance, draw=draw), judge.fdm_rollout(world, x, z),
+                judge.whole_rollout(world, x, z, torch.full((2,), 24.0), draw, 2, guidance)]
+        assert {made.dtype for made in seen} == {torch.float32}
+        frames = np.zeros((3, 16, 16, 3), np.uint8)
+        dreamed = plan.dream(world, frames, torch.randn(2, 2), torch.randn(5, 4, 2), 0, 24, 2, 2, guidance)
+        assert (dreamed.shape, dreamed.dtype) == ((5, 3, 4, 16, 16), torch.float32)
 
 
 def assert_near(folder, a, b, args, tolerance=0.02):
