@@ -290,7 +290,7 @@ def main(argv):
     except KeyboardInterrupt:
         run.stop("stopped by Ctrl-C")
     except OSError as error:                                    # a full disk
-        run.stop(str(error))
+        run.stop(f"{run.out}: {error}")
     finally:
         run.close()
 
