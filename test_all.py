@@ -2881,7 +2881,7 @@ def test_a_full_disk_stops_a_run_with_one_line(size, file, tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
     shutil.copytree(whole / "out/1", tmp_path / "out/k")
     line = confined(tmp_path, "train", 30000, "--resume", "out/k", "--e2e", 84)
-    assert "out/k/ckpt.pt: cannot be written; is the disk full?" in line
+    assert "out/k/ckpt.pt.part: cannot be written; is the disk full?" in line
     assert "the last checkpoint, of step 160, is out/k/ckpt.pt" in line
     assert sorted(f.name for f in tmp_path.glob("out/k/ckpt*")) == ["ckpt-00000159.pt", "ckpt.pt"]
     run("train.py", "--resume", "out/k", cwd=tmp_path)
@@ -3035,6 +3035,17 @@ def open_sora(tmp_path_factory):
 
 def test_the_cache_keeps_the_latents_of_each_clip(open_sora):
     assert len(os.listdir(open_sora / "latents")) == 8          # 4 steps of 2 clips
+
+
+def test_latents_that_cannot_be_written_leave_nothing_behind(tmp_path, monkeypatch):
+    def full(state, file):
+        pathlib.Path(file).write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")            # torch's words for a full disk
+    cache = LatentCache(load_opensora_vae(VAE), str(tmp_path))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot be written; is the disk full?"):
+        cache.encode(torch.zeros(1, 5, 32, 32, 3, dtype=torch.uint8), video(1, 5, 32))
+    assert os.listdir(tmp_path) == []
 
 
 def test_settings_take_the_sizes_of_open_soras_weights(open_sora):
