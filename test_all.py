@@ -2925,7 +2925,7 @@ def test_loader_workers_leave_signals_to_their_parent():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    done = run("train.py", "--name", "k", "--pretrain", 50, "--lr", "1e30", "--lr_warmup", 0,
+    done = run("train.py", "--name", "k", "--pretrain", 50, "--lr", "1e9", "--lr_warmup", 0,
                "--ckpt_every", 1, *SMALL, cwd=tmp_path, ok=False)
     state = load_checkpoint(str(tmp_path / "out/k"))
     step = state["step"]
