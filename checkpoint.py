@@ -4,6 +4,7 @@ clips.
 What is wrong with something that the user named is a `UserError`, one line.
 """
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -52,14 +53,21 @@ def checkpoints(out):
     return [newest] + older if os.path.exists(newest) else older
 
 
+def write(state, path):
+    """torch.save. Where it fails nothing half-written stays, and OSError names the file: torch does not."""
+    try:
+        torch.save(state, path)
+    except RuntimeError:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        raise OSError(f"{path}: cannot be written; is the disk full?") from None
+
+
 def save(out, keep, before, **state):
     """Write out/ckpt.pt whole. The one before, of step `before`, becomes ckpt-STEP.pt; `keep` of those."""
     path = os.path.join(out, "ckpt.pt")
     with whole(path) as part:
-        try:
-            torch.save(state, part)
-        except RuntimeError:                    # of torch's own, which does not tell the reason
-            raise OSError(f"{path}: cannot be written; is the disk full?") from None
+        write(state, part)
         if before is not None:
             os.replace(path, os.path.join(out, f"ckpt-{before:08d}.pt"))
     for old in checkpoints(out)[1 + keep:]:
@@ -238,7 +246,7 @@ class LatentCache:
         if new:
             for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
                 part = f"{files[i]}.{os.getpid()}"              # ranks may write the same file at once
-                torch.save(latent.clone(), part)
+                write(latent.clone(), part)
                 os.replace(part, files[i])
         return torch.stack([torch.load(file, weights_only=True) for file in files]).to(video.device)
 

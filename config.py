@@ -358,7 +358,7 @@ def check(parser, cfg, base):
             parser.error(f"--{f.name} {wrong}")
     for part in cfg.name.split("/") if cfg.resume == "none" else ():
         # file systems end names at 255 bytes, and a run that is moved aside gets a number
-        if part in ("", ".", "..") or not part.isprintable() or len(part.encode()) > 240:
+        if part in ("", ".", "..") or not cfg.name.isprintable() or len(cfg.name.encode()) > 240:
             parser.error(f"--name {cfg.name!a:.80}: must be the name of a folder in out, or several with / "
                          "between them")
     if cfg.hidden % (2 * cfg.heads) or cfg.hidden % 4:

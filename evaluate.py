@@ -59,21 +59,18 @@ def load_results(out):
     file = os.path.join(out, "results.json")
     try:
         with open(file) as f:
-            results = json.load(f)
-        lists = [values for rows in results["tables"].values() for cells in rows.values()
-                 for values in cells.values()]
-        if not all(isinstance(values, list) for values in lists):
+            results = {"step": None, "protocol": {}} | json.load(f)
+        numbers = [x for rows in results["tables"].values() for cells in rows.values()
+                   for values in cells.values() for x in values]
+        if not all(isinstance(x, (int, float)) for x in numbers) or type(results["protocol"]) is not dict:
             raise TypeError
-        return {"step": None, "protocol": {}} | results
+        return results
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: not the results of an evaluation; move it away") from None
 
 
 def open_results(out):
-    """Make the folder of results.json and samples/. What would fail after an hour of measuring fails here.
-
-    Raises OSError: it cannot be written to; UserError: its results.json is not one.
-    """
+    """Make the folder of results.json and samples/. What would fail after an hour of measuring fails here."""
     os.makedirs(os.path.join(out, "samples"), exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
     if os.path.exists(os.path.join(out, "results.json")):

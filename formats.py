@@ -49,25 +49,15 @@ def speaks():
 
 
 @contextlib.contextmanager
-def named(path):
-    """An OSError in writing this file has its name: a full disk's has none."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = path
-        raise
-
-
-@contextlib.contextmanager
 def whole(path):
     """Write a file whole or not at all: yields `path`.part to write to, which becomes `path` in the end."""
     part = path + ".part"
     try:
-        with named(path):
-            yield part
-            os.replace(part, path)
-    except BaseException:                   # Ctrl-C too leaves nothing half-written
+        yield part
+        os.replace(part, path)
+    except BaseException as error:          # Ctrl-C too leaves nothing half-written
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = path           # a full disk's has none
         with contextlib.suppress(OSError):
             os.remove(part)
         raise

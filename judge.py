@@ -99,8 +99,10 @@ def save_gif(path, videos, fps=4, rows=4):
     pixels = ((grid + 1) * 127.5).round().byte()
     scale = max(1, 128 // videos[0].shape[-1])
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    with whole(path) as part:
-        imageio.imwrite(part, pixels.numpy(), extension=".gif", duration=1000 / fps, loop=0)
+    # in memory first: where the disk is full, imageio's writer would complain twice
+    gif = imageio.imwrite("<bytes>", pixels.numpy(), extension=".gif", duration=1000 / fps, loop=0)
+    with whole(path) as part, open(part, "wb") as f:
+        f.write(gif)
 
 
 @torch.no_grad()

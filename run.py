@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import newest, save
 from config import phases
-from formats import UserError, named, speaks, whole
+from formats import UserError, speaks, whole
 from judge import align, clips_to_align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
@@ -126,19 +126,16 @@ def lock(folder):
     """
     if not os.path.exists(folder):
         return None
-    path = os.path.join(folder, ".lock")
-    file = open(path, "a+")
+    file = open(os.path.join(folder, ".lock"), "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise UserError(f"{folder}: {file.read() or 'another process'} is training there") from None
-    except OSError:
+    except OSError:                             # no locks, or no room for the name
         pass
-    with named(path):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
     return file
 
 
@@ -192,25 +189,19 @@ class Run:
             json.dump(settings, f, indent=1)
 
     def rows_to_keep(self):
-        """Lines of the log up to the checkpoint; what comes after will be written again.
-
-        Damaged ones are left out, and stay in a copy of the log.
-        """
+        """Lines of the log up to the checkpoint; what comes after will be written again."""
         if not os.path.exists(self.log):
             return []
         kept, damaged = [], 0
         with open(self.log, errors="replace") as f:
-            lines = f.readlines()
-        if lines and not lines[-1].endswith("}\n"):             # half-written
-            lines.pop()
-        for line in lines:
-            try:
-                row = json.loads(line)
-                step, event = row["step"], row["event"]
-                if step < self.step or step == self.step and event not in ("align", "result"):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                damaged += 1
+            for line in f:
+                try:
+                    row = json.loads(line)
+                    step, event = row["step"], row["event"]
+                    if step < self.step or step == self.step and event not in ("align", "result"):
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    damaged += line.endswith("\n")      # else it is the last one, half-written
         if damaged:
             shutil.copy(self.log, self.log + ".damaged")
             print(f"  {self.log}: {damaged} damaged lines are left out, and kept in {self.log}.damaged")
@@ -227,7 +218,7 @@ class Run:
         if not self.process.master:
             return
         self.check_folder()
-        with named(self.log), open(self.log, "a") as f:
+        with open(self.log, "a") as f:
             f.write(json.dumps({"event": event, **numbers}) + "\n")
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items() if "/" not in k}
         tqdm.write(f"{event}: " + " ".join(f"{k}={v}" for k, v in shown.items()))

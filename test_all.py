@@ -3396,12 +3396,12 @@ def confined(tmp_path, program, size, *args, cwd=None):
     return complaint(run(script, *args, cwd=cwd or tmp_path, ok=False), f"{program}.py")
 
 
-@pytest.mark.parametrize("size, file", [(10, ".lock"), (1000, "config.json"), (3000, "metrics.jsonl"),
+@pytest.mark.parametrize("size, file", [(10, "config.json"), (1000, "config.json"), (3000, ""),
                                         (30000, "ckpt.pt")])
 def test_a_full_disk_stops_a_run_with_one_line(size, file, tmp_path):
     args = ["--name", "k", "--pretrain", 100, "--warmup", 0, "--e2e", 0, *SMALL, "--ckpt_every", 50]
-    line = confined(tmp_path, "train", size, *args, "--log_every", 1 if file == "metrics.jsonl" else 50)
-    assert f"out/k/{file}" in line
+    line = confined(tmp_path, "train", size, *args, "--log_every", 50 if file else 1)
+    assert os.path.join("out/k", file).rstrip("/") in line
     assert list(tmp_path.glob("out/k/*.part")) == []
     run("train.py", *args, "--pretrain", 2, cwd=tmp_path)       # once there is room again
     assert result(tmp_path, "k")[1]["step"] == 2
@@ -3410,7 +3410,7 @@ def test_a_full_disk_stops_a_run_with_one_line(size, file, tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
     shutil.copytree(whole / "out/1", tmp_path / "out/k")
     line = confined(tmp_path, "train", 30000, "--resume", "out/k", "--e2e", 84)
-    assert "out/k/ckpt.pt: cannot be written; is the disk full?" in line
+    assert "out/k/ckpt.pt.part: cannot be written; is the disk full?" in line
     assert "the last checkpoint, of step 160, is out/k/ckpt.pt" in line
     assert sorted(f.name for f in tmp_path.glob("out/k/ckpt*")) == ["ckpt-00000159.pt", "ckpt.pt"]
     run("train.py", "--resume", "out/k", cwd=tmp_path)
@@ -3595,6 +3595,17 @@ def open_sora(tmp_path_factory):
 
 def test_the_cache_keeps_the_latents_of_each_clip(open_sora):
     assert len(os.listdir(open_sora / "latents")) == 8          # 4 steps of 2 clips
+
+
+def test_latents_that_cannot_be_written_leave_nothing_behind(tmp_path, monkeypatch):
+    def full(state, file):
+        pathlib.Path(file).write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")            # torch's words for a full disk
+    cache = LatentCache(load_opensora_vae(VAE), str(tmp_path))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot be written; is the disk full?"):
+        cache.encode(torch.zeros(1, 5, 32, 32, 3, dtype=torch.uint8), video(1, 5, 32))
+    assert os.listdir(tmp_path) == []
 
 
 def test_settings_take_the_sizes_of_open_soras_weights(open_sora):
@@ -3828,6 +3839,43 @@ def test_rows_that_were_measured_by_another_protocol_go(saved):
 @pytest.mark.parametrize("steps", [6, 9])
 def test_tables_of_other_tasks_stay_whatever_their_protocol(steps, saved):
     assert saved(5, {"plan": PUSH}, PROTOCOL | {"steps": steps})["probe"] == {"x": {}}
+
+
+@pytest.mark.parametrize("content", [
+    "", "null", "[]", "{}", '{"tables": 3}', '{"tables": {"a": 1}}', '{"tables": {"a": {"b": {"c": 1}}}}',
+    '{"tables": {"a": {"b": {"c": ["1"]}}}}', '{"tables": {}, "protocol": null}'])
+@pytest.mark.parametrize("script, args", [
+    (evaluate, ["--ckpt", "out/r"]), (evaluate, ["--compare", "other", "other"]), (plan, ["--random"])])
+def test_a_file_of_other_results_is_refused_before_measuring(script, args, content, judged, tmp_path,
+                                                            monkeypatch, refusal_of):
+    monkeypatch.setattr(evaluate, "TASKS", {})
+    monkeypatch.setattr(plan, "measure", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to(judged.folder / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/results.json").write_text(content)
+    more = ["--out", "other"] if "--compare" not in args else []
+    assert "other/results.json: not the results of an evaluation" in refusal_of(script.main, *args, *more)
+    assert (tmp_path / "other/results.json").read_text() == content
+
+
+@pytest.mark.parametrize("script, args", [(evaluate, ["--ckpt", "out/r"]), (plan, ["--random"])])
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(script, args, judged, monkeypatch):
+    monkeypatch.setattr(evaluate, "TASKS", {})
+    monkeypatch.setattr(plan, "measure", None)
+    monkeypatch.chdir(judged.folder)
+    with pytest.raises(OSError, match="out/r/config.json"):     # `program` makes a line of it
+        script.main([*args, "--out", "out/r/config.json"])
+
+
+@pytest.mark.parametrize("script, args", [
+    ("plan", "--random --task reach --pairs 1 --seeds 0 --out p"),
+    ("bench", "--batch 1 --samples 1 --json p/b.json --set hidden=16 depth=1 heads=2 lam_depth=1")])
+def test_a_full_disk_stops_what_measures_with_one_line(script, args, tmp_path):
+    (tmp_path / "p").mkdir()
+    line = confined(tmp_path, script, 100, *args.split())
+    assert line.startswith(f"{script}.py: [Errno 27] File too large: 'p/")
+    assert list(tmp_path.glob("p/**/*.part")) == []
 
 
 def test_tables_of_an_earlier_step_go(saved):
@@ -4140,7 +4188,10 @@ def test_a_mistake_ends_the_program_with_one_line(script, args, words, judged):
 
 
 @pytest.mark.parametrize("ckpt, args, words", [
-    ("r", ["--clips", 1], "--clips 1: too few"),
+    ("r", ["--clips", 1], "argument --clips: 1: must be at least 2"),
+    ("r", ["--seeds", -1], "argument --seeds: -1: must be at least 0"),
+    ("r", ["--guidance", "nan"], "argument --guidance: nan: must be at least 0"),
+    ("r", ["--transitions", 9], "argument --transitions: 9: must be at least 20"),
     ("r", ["--task", "adapt", "--adapt_data", "toy"], "has no actions"),
     ("r-held-out", ["--task", "adapt", "--adapt_data", "cross"], "takes 2"),
     ("r", ["--task", "probe", "--data", "/no/such/video"], "no such file"),
@@ -4398,6 +4449,18 @@ def test_an_episode_is_shown_from_its_start_to_its_last_step(planned):
     assert 2 <= len(frames) <= 7                                # the start and up to 6 steps
 
 
+def test_a_world_of_a_toy_robot_does_not_plan_on_a_desk_that_takes_as_many_actions(monkeypatch):
+    world = small_world()
+    world.adapter = Adapter(desk.Desk.action_dim, world.lam.cfg)
+    state = {"config": {"data": "cross", "size": 8}, "step": 1}
+    monkeypatch.setattr(plan, "load_checkpoint", lambda _: state)
+    monkeypatch.setattr(plan, "restore", lambda *_: world)
+    with pytest.raises(UserError, match="is adapted to the 5-dimensional actions of cross, not to robodesk"):
+        plan.open_world(plan.parse(["--ckpt", "r", "--env", "robodesk"]), "cpu")
+    state["config"]["data"] = "data/robodesk"
+    assert plan.open_world(plan.parse(["--ckpt", "r", "--env", "robodesk"]), "cpu")[0] is world
+
+
 @pytest.mark.parametrize("args, words", [
     (["--oracle", "--task", "fly"], "toy has reach, push"),
     (["--ckpt", "out/r"], "has no adapter"),
@@ -4410,6 +4473,13 @@ def test_an_episode_is_shown_from_its_start_to_its_last_step(planned):
     (["--random", "--env", "robodesk", "--task", "push_red", "--classifier", "out/r/config.json"],
      "not VP2's classifier"),
     (["--oracle", "--samples", "0"], "at least 1"),
+    (["--oracle", "--std", "nan"], "argument --std: nan: must be at least 0"),
+    (["--oracle", "--beta", "1.1"], "argument --beta: 1.1: must be at least 0, at most 1"),
+    (["--oracle", "--gamma", "inf"], "argument --gamma: inf: must be"),
+    (["--oracle", "--elites", "-1"], "argument --elites: -1.0: must be"),
+    (["--oracle", "--wait", "-1"], "argument --wait: -1: must be"),
+    (["--oracle", "--guidance", "nan"], "argument --guidance: nan: must be"),
+    (["--oracle", "--seeds", "-1"], "argument --seeds: -1: must be"),
 ])
 def test_bad_plans_get_one_line(args, words, judged, monkeypatch, refusal_of):
     monkeypatch.chdir(judged.folder)
@@ -4655,6 +4725,16 @@ def test_dreams_are_timed_without_the_graphs_of_training(monkeypatch, capsys):
 
 def test_a_bad_preset_gets_one_line(refusal_of):
     assert "choose from" in refusal_of(bench.main, "--preset", "huge")
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--samples", "0"], "argument --samples: 0: must be at least 1"),
+    (["--batch", "0"], "argument --batch: 0: must be at least 1"),
+    (["--json", "nowhere/b.json"], "--json nowhere/b.json: takes the name of a file"),
+    (["--json", "."], "--json .: takes the name of a file"),
+])
+def test_bad_benchmarks_get_one_line(args, words, refusal_of):
+    assert words in refusal_of(bench.main, *args)
 
 
 # the paper's figures and tables ---------------------------------------------------------------------------

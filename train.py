@@ -308,7 +308,7 @@ def prepare_and_train(cfg, process):
     except KeyboardInterrupt:
         run.stop("stopped by Ctrl-C")
     except OSError as error:                                    # a full disk
-        run.stop(str(error))
+        run.stop(f"{run.out}: {error}")
     finally:
         run.bar.close()
 
