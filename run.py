@@ -195,13 +195,15 @@ class Run:
         kept, damaged = [], 0
         with open(self.log, errors="replace") as f:
             for line in f:
+                if not line.endswith("\n"):     # the last one, half-written
+                    break
                 try:
                     row = json.loads(line)
                     step, event = row["step"], row["event"]
                     if step < self.step or step == self.step and event not in ("align", "result"):
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
-                    damaged += line.endswith("\n")      # else it is the last one, half-written
+                    damaged += 1
         if damaged:
             shutil.copy(self.log, self.log + ".damaged")
             print(f"  {self.log}: {damaged} damaged lines are left out, and kept in {self.log}.damaged")
