@@ -4926,7 +4926,7 @@ def test_a_target_says_what_package_is_missing_before_it_trains(logs, monkeypatc
 
 @pytest.mark.parametrize("flags, word", [
     (["fig9"], "fig9"), (["fig2", "--variant", "odd"], "odd"), (["fig2", "--seeds", "x"], "x"),
-    (["fig2", "--kilo", "0"], "--kilo 0")])
+    (["fig2", "--kilo", "0"], "--kilo: 0: must be"), (["fig2", "--seeds", "-1"], "--seeds: -1: must be")])
 def test_bad_targets_get_one_line(tmp_path, flags, word):
     assert word in complaint(run("reproduce.py", *flags, cwd=tmp_path, ok=False), "reproduce.py")
     assert not os.path.exists(tmp_path / "out")
