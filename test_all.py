@@ -2844,8 +2844,8 @@ WORDS = ["", " ", ".", "..", "none", "n", "a b", "a/b", "ü漢", "x" * 300, "out
 SOURCES = ["toy", "robots", "web", "cross", "held-out", "films", "films/a.mp4", "cut.mp4", "a.hdf5",
            "lerobot", "empty", "out", "nowhere", "", "..", "'", ":", "@", "films@", "films:0", "films:nan",
            "films:1e-300", "toy@fps=5", "a:films@fps=5:1", "films@fps=nan", "films@fps=1e-9",
-           "films@stride=-1", "films@stride=1000000000000000000", "films@flip=180", "films@flip=up", "films@camera=a",
-           "films@split=", "films@actions=last", "a=films"]
+           "films@stride=-1", "films@stride=1000000000000000000", "films@flip=180", "films@flip=up",
+           "films@camera=a", "films@split=", "films@actions=last", "a=films"]
 
 
 @functools.cache
