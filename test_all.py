@@ -2877,7 +2877,8 @@ def some_value(rng, flag):
 
 
 def fuzzed(number):
-    """A program's name and the words of its command line, a right one with up to three mistakes in it"""
+    """A program, the words of its command line, a right one with up to three mistakes in it, and how many
+    bytes a file may have: now and then the disk is full."""
     rng = random.Random(number)
     [name] = rng.choices(list(RIGHT), (4, 2, 2, 2, 1, 1))       # about as many as they have flags
     words = shlex.split(rng.choice(RIGHT[name]))
@@ -2897,7 +2898,7 @@ def fuzzed(number):
             words.append(f"{spelled}={values[0]}")
         else:
             words += [spelled, *values]
-    return name, words
+    return name, words, rng.choice([2 ** 28] * 9 + [2 ** 14])
 
 
 def fail(*_):
@@ -2908,8 +2909,8 @@ def quick(*_):
     return 1e9
 
 
-def obey(name, words, folder):
-    """Be a program, in a process of its own that may not take much memory or room on the disk."""
+def obey(name, words, room, folder):
+    """Be a program, in a process of its own that may not take much memory."""
     os.setsid()
     os.chdir(folder / "here")
     for stream in (1, 2):
@@ -2917,7 +2918,7 @@ def obey(name, words, folder):
     pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
     taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2 ** 32,) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 28,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     reproduce.Lab.execute = fail
     bench.matmul_rate = quick
@@ -2985,11 +2986,11 @@ def end(process, patience=10):
 
 @pytest.mark.parametrize("number", range(int(os.environ.get("FUZZ", 60))))
 def test_a_fuzzed_line_ends_well_or_with_one_line(number, forks, found, tmp_path):
-    name, words = fuzzed(number)
+    name, words, room = fuzzed(number)
     here = tmp_path / "here"
     words = [word.replace("{here}", str(here)) for word in words]
     shutil.copytree(found, here)
-    process = forks.Process(target=obey, args=(name, words, tmp_path))
+    process = forks.Process(target=obey, args=(name, words, room, tmp_path))
     process.start()
     late = end(process)
     said = (tmp_path / "stream2").read_text(errors="replace")
@@ -3007,7 +3008,7 @@ def test_a_fuzzed_line_ends_well_or_with_one_line(number, forks, found, tmp_path
         "refused, and yet changed something": process.exitcode == 2 and after != contents(found),
     }
     if any(faults.values()):
-        command = shlex.join(["python", f"{HERE}/{name}.py", *words])
+        command = f"ulimit -f {room // 1024}; " + shlex.join(["python", f"{HERE}/{name}.py", *words])
         why = ", ".join(fault for fault, there in faults.items() if there)
         pytest.fail(f"{why}, in a copy of {found}:\n{command}\n{said[-3000:]}", pytrace=False)
     shutil.rmtree(here)
