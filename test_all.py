@@ -2975,10 +2975,10 @@ def end(process, patience=10):
     """Wait until a process ends, after a while by Ctrl-C; whether that was needed."""
     process.join(patience)
     late = process.is_alive()
-    if late:
-        os.kill(process.pid, signal.SIGINT)
-        process.join(60)
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):               # it has just ended
+        if late:
+            os.kill(process.pid, signal.SIGINT)
+            process.join(60)
         os.killpg(process.pid, signal.SIGKILL)                  # and its children, if any are left
     process.join()
     return late
