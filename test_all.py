@@ -3,6 +3,7 @@
 python -m pytest -q -n 2 --dist loadgroup test_all.py
 """
 
+import argparse
 import ast
 import contextlib
 import errno
@@ -12,11 +13,13 @@ import glob
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -3622,6 +3625,208 @@ def test_a_world_on_open_soras_weights_dreams(open_sora):
     world = load_world(str(open_sora / "out/cached"))
     dream = world.rollout(torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 8, 2, 16))
     assert dream.shape == (1, 3, 9, 16, 16)
+
+
+# fuzzed command lines ---------------------------------------------------------------------------------------
+# many more of them: FUZZ=500 python -m pytest -q -k fuzzed test_all.py
+
+TINY = f"{shlex.join(SMALL)} --data tank --name n --eval_clips 2 --eval_transitions 16"
+JOINT = f"{TINY} --pretrain 1 --warmup 1 --e2e 1"
+MEASURE = "--ckpt out/r --data tank --clips 2 --transitions 20 --seeds 0 --sampling_steps 1"
+PLAN = "--pairs 1 --seeds 0 --samples 4 --iterations 1 --steps 2"
+# for each program, lines that are right and over in seconds
+RIGHT = {
+    "train": [JOINT, f"{JOINT} --data films", f"{JOINT} --ckpt_every 1 --crop 0.5",
+              f"{TINY} --mode pretrain --pretrain 2 --data films:1 toy:2",
+              f"{TINY} --mode two-stage --pretrain 1 --lam_steps 1 --wm_steps 1",
+              f"{TINY} --mode adapt --init out/r --data held-out --adapter_steps 1 --adapt_steps 1",
+              f"{JOINT} --dit_weights dit --vae_weights vae --frames 5 --eval_frames 5 --latent_cache cache",
+              "--resume out/r --wm_steps 3", "--dry_run --preset small", "--dry_run --preset opensora"],
+    "evaluate": [*(f"{MEASURE} --task {task}" for task in evaluate.TASKS),
+                 "--compare out/r out/cut", "--compare out/r,out/r out/r,out/cut"],
+    "plan": [f"{PLAN} --ckpt out/r-held-out", f"{PLAN} --random --oracle --task reach --planner mppi",
+             "--random --env robodesk --task push_red --goals films"],
+    "data": ["--data films --stats", "--data toy --stats",
+             "--data films:0.3 cross:0.7 --size 8 --peek p.gif"],
+    "bench": ["--batch 1 --samples 2 --json b.json --set hidden=16 depth=1 heads=2 lam_width=16 lam_depth=1"],
+    "reproduce": [f"{target} --kilo 1 --seeds 3" for target in reproduce.TARGETS],
+}
+NUMBERS = "0 1 2 3 7 -1 0.5 -0.5 1e-9 1e12 1000000 1000000000000000000 nan inf -inf".split()
+WORDS = ["", " ", ".", "..", "none", "n", "a b", "a/b", "ü漢", "x" * 300, "out", "out/r", "out/r-held-out",
+         "out/r/ckpt.pt", "out/r/config.json", "out/null", "out/types", "out/cut", "out/odd", "out/r,out/odd",
+         "nowhere", "empty", "films", "films/a.mp4", "films/a.npz", "films/a.mp4/n", "cut.mp4", "dit", "vae",
+         "p.gif", "nowhere/p.gif", "beside", "../beside", "{here}/beside"]
+SOURCES = ["toy", "robots", "web", "cross", "held-out", "films", "films/a.mp4", "cut.mp4", "a.hdf5",
+           "lerobot", "empty", "out", "nowhere", "", "..", "'", ":", "@", "films@", "films:0", "films:nan",
+           "films:1e-300", "toy@fps=5", "a:films@fps=5:1", "films@fps=nan", "films@fps=1e-9",
+           "films@stride=-1", "films@stride=1000000000000000000", "films@flip=180", "films@flip=up",
+           "films@camera=a", "films@split=", "films@actions=last", "a=films"]
+
+
+@functools.cache
+def flags_of(name):
+    """The flags of a program, as its own parser has them: argparse's actions"""
+    class Built(Exception):
+        pass
+
+    def built(parser, argv):
+        raise Built(parser)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Built) as parser:
+        patch.setattr(argparse.ArgumentParser, "parse_args", built)
+        sys.modules[name].main([])
+    return [action for action in parser.value.args[0]._actions if action.option_strings]
+
+
+def some_value(rng, flag):
+    """A value for a flag: often of its kind, seldom a sensible one"""
+    if flag.dest == "set":                                      # of bench.py: a setting of train.py
+        setting = rng.choice(flags_of("train"))
+        return f"{setting.dest}={some_value(rng, setting)}"
+    if rng.random() < 0.1:
+        return rng.choice(NUMBERS + WORDS + SOURCES)
+    if flag.choices:
+        return rng.choice(list(flag.choices))
+    if flag.type not in (None, str):
+        return rng.choice(NUMBERS)
+    return rng.choice(SOURCES if "data" in flag.dest else WORDS)
+
+
+def fuzzed(number):
+    """A program, the words of its command line, a right one with up to three mistakes in it, and how many
+    bytes a file may have: now and then the disk is full."""
+    rng = random.Random(number)
+    [name] = rng.choices(list(RIGHT), (4, 2, 2, 2, 1, 1))       # about as many as they have flags
+    words = shlex.split(rng.choice(RIGHT[name]))
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+        kind, flag = rng.randrange(16), rng.choice(flags_of(name))
+        spelled = flag.option_strings[-1]
+        values = [some_value(rng, flag) for _ in range(rng.choice((1, 1, 2)))]
+        if kind == 0:
+            words.pop(rng.randrange(len(words)))
+        elif kind == 1:
+            words[rng.randrange(len(words))] = rng.choice(NUMBERS + WORDS + SOURCES)
+        elif kind == 2:
+            words.append(f"{spelled}s=1")                       # no such flag
+        elif kind == 3 or flag.nargs == 0:
+            words.append(spelled)
+        elif flag.nargs in (None, "?"):
+            words.append(f"{spelled}={values[0]}")
+        else:
+            words += [spelled, *values]
+    return name, words, rng.choice([2 ** 28] * 9 + [2 ** 14])
+
+
+def fail(*_):
+    raise UserError("stands for hours of training")
+
+
+def quick(*_):
+    return 1e9
+
+
+def obey(name, words, room, folder):
+    """Be a program, in a process of its own that may not take much memory."""
+    os.setsid()
+    os.chdir(folder / "here")
+    for stream in (1, 2):
+        os.dup2(os.open(folder / f"stream{stream}", os.O_CREAT | os.O_WRONLY), stream)
+    pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
+    taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2 ** 32,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    reproduce.Lab.execute = fail
+    bench.matmul_rate = quick
+    sys.argv = [f"{name}.py", *words]
+    program(sys.modules[name].main)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Makes processes in no time: forks of one that has imported everything, and has no threads"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", HERE)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module")
+def found(judged, films, tmp_path_factory):
+    """A folder with what the lines name: runs, films and weights, and some of each that are damaged"""
+    folder = tmp_path_factory.mktemp("found")
+    for run in ("r", "r-held-out"):
+        shutil.copytree(judged.folder / "out" / run, folder / "out" / run)
+    for run in ("null", "types", "cut", "odd"):
+        shutil.copytree(folder / "out/r", folder / "out" / run)
+    (folder / "out/null/config.json").write_text("null")
+    config = json.loads((folder / "out/r/config.json").read_text())
+    config |= {"size": "16", "data": 5, "batch": None}
+    (folder / "out/types/config.json").write_text(json.dumps(config))
+    (folder / "out/cut/ckpt.pt").write_bytes((folder / "out/r/ckpt.pt").read_bytes()[:1000])
+    (folder / "out/odd/results.json").write_text("[1]")
+    lines = (folder / "out/r/metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "out/odd/metrics.jsonl").write_text("".join([lines[0], '{"a": tru}\n', "[]\n", *lines[1:]]))
+    for name, source in (("films", films), ("dit", STDIT), ("vae", VAE)):
+        shutil.copytree(source, folder / name)
+    (folder / "cut.mp4").write_bytes((films / "a.mp4").read_bytes()[:2000])
+    (folder / "a.hdf5").write_bytes(b"no HDF5")
+    (folder / "empty").mkdir()
+    (folder / "beside").mkdir()
+    (folder / "beside/file").touch()
+    (folder / "lerobot/meta").mkdir(parents=True)
+    (folder / "lerobot/meta/info.json").write_text("null")
+    return folder
+
+
+def contents(folder):
+    """{a file in the folder: its bytes}"""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def end(process, patience=10):
+    """Wait until a process ends, after a while by Ctrl-C; whether that was needed."""
+    process.join(patience)
+    late = process.is_alive()
+    with contextlib.suppress(ProcessLookupError):               # it has just ended
+        if late:
+            os.kill(process.pid, signal.SIGINT)
+            process.join(60)
+        os.killpg(process.pid, signal.SIGKILL)                  # and its children, if any are left
+    process.join()
+    return late
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("FUZZ", 60))))
+def test_a_fuzzed_line_ends_well_or_with_one_line(number, forks, found, tmp_path):
+    name, words, room = fuzzed(number)
+    here = tmp_path / "here"
+    words = [word.replace("{here}", str(here)) for word in words]
+    shutil.copytree(found, here)
+    process = forks.Process(target=obey, args=(name, words, room, tmp_path))
+    process.start()
+    late = end(process)
+    said = (tmp_path / "stream2").read_text(errors="replace")
+    after = contents(here)
+    numbers = b"".join(text for file, text in after.items() if file.endswith((".json", ".jsonl")))
+    # the rest tells of films and checkpoints that are skipped
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith(("data: ", "  "))]
+    faults = {
+        "a traceback": "Traceback" in said,
+        f"status {process.exitcode}": process.exitcode not in (0, 1, 2, 130 if late else 0),
+        "not one line": process.exitcode and not (len(lines) == 1 and lines[0].startswith(f"{name}.py: ")),
+        "NaN in a file": b"NaN" in numbers or b"Infinity" in numbers,
+        "half a file": any(file.endswith(".part") for file in after),
+        "moved what is not its own": "beside/file" not in after,
+        "refused, and yet changed something": process.exitcode == 2 and after != contents(found),
+    }
+    if any(faults.values()):
+        command = f"ulimit -f {room // 1024}; " + shlex.join(["python", f"{HERE}/{name}.py", *words])
+        why = ", ".join(fault for fault, there in faults.items() if there)
+        pytest.fail(f"{why}, in a copy of {found}:\n{command}\n{said[-3000:]}", pytrace=False)
+    shutil.rmtree(here)
 
 
 # the code itself --------------------------------------------------------------------------------------------
