@@ -3630,7 +3630,7 @@ def test_a_world_on_open_soras_weights_dreams(open_sora):
 # fuzzed command lines ---------------------------------------------------------------------------------------
 # many more of them: FUZZ=500 python -m pytest -q -k fuzzed test_all.py
 
-TINY = f"{shlex.join(SMALL)} --data tank --name n --eval_clips 2 --eval_transitions 16"
+TINY = f"{shlex.join(SMALL)} --data tank --name n --eval_clips 2"
 JOINT = f"{TINY} --pretrain 1 --warmup 1 --e2e 1"
 MEASURE = "--ckpt out/r --data tank --clips 2 --transitions 20 --seeds 0 --sampling_steps 1"
 PLAN = "--pairs 1 --seeds 0 --samples 4 --iterations 1 --steps 2"
