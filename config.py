@@ -136,10 +136,6 @@ PRESETS = {
 
 ADAPT_BATCH = 16                # the paper's (appendix C.2)
 
-# settings of earlier versions, and the value with which a run of theirs can still be resumed (None: any)
-GONE = {"pairs": None, "difference": False, "fdm_depth": None, "lam_heads": None, "action_depth": None,
-        "clip": 1.0, "eval_transitions": None}
-
 
 def sizes(cfg, part):
     """The settings that are fields of a part's own config: part "lam", "dit" or "flow" -> {field: value}"""
@@ -327,16 +323,11 @@ def resumed(parser, given):
     """The settings of the run to go on with, unless what was given contradicts them."""
     run = given["resume"]
     base = read_settings(run)
-    gone = {name: base.pop(name) for name in GONE if name in base}
     try:
         base.pop("torchrun")                    # of which launch it was
         cfg = Config(**base)
     except (KeyError, TypeError):
         parser.error(f"--resume {run}: not the folder of a run, or of another version, or damaged")
-    for name, value in gone.items():
-        if GONE[name] is not None and value != GONE[name]:
-            parser.error(f"--resume {run}: was started with --{name} {value}, which is gone; "
-                         "go on with the version that started it")
     for f in fields(Config):
         if f.name in given and not f.metadata["changes"] and given[f.name] != getattr(cfg, f.name):
             parser.error(f"--{f.name} {given[f.name]}: a run is resumed with its own settings, here "

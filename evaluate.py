@@ -18,17 +18,16 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import toy
-from checkpoint import load_checkpoint, restore
+from checkpoint import load_checkpoint, load_world, restore
 from config import ADAPT_BATCH, PRECISIONS, Config, Process
 from data import TOY, Parser, clips, number, parse_source, program, sources, to_video
 from flow import Draw, World
 from formats import UserError, whole
 from judge import infer, loss_by_time, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
-from run import connect, disconnect, wait_for_all
+from run import connect, disconnect, of_first, wait_for_all
 
 
 def run_folder(ckpt):
@@ -55,8 +54,10 @@ def cell(values):
 
 
 def load_results(out):
-    """What out/results.json holds, as `save_results` writes it. Raises UserError where it does not."""
+    """What out/results.json holds, as `save_results` writes it; UserError if not. None there: no tables."""
     file = os.path.join(out, "results.json")
+    if not os.path.exists(file):
+        return {"step": None, "tables": {}, "protocol": {}}
     try:
         with open(file) as f:
             results = {"step": None, "protocol": {}} | json.load(f)
@@ -73,8 +74,7 @@ def open_results(out):
     """Make the folder of results.json and samples/. What would fail after an hour of measuring fails here."""
     os.makedirs(os.path.join(out, "samples"), exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
-    if os.path.exists(os.path.join(out, "results.json")):
-        load_results(out)
+    load_results(out)
 
 
 def save_results(out, ckpt, step, tables, protocol, more={}):
@@ -82,28 +82,25 @@ def save_results(out, ckpt, step, tables, protocol, more={}):
 
     Other tasks of the same step stay there, and other rows that were measured by the same protocol.
     """
-    file = os.path.join(out, "results.json")
-    results = {"ckpt": ckpt, "step": step, "tables": {}, "protocol": {}}
-    if os.path.exists(file):
-        old = load_results(out)
-        if old["step"] == step:
-            results = old
+    results = load_results(out)
+    if results["step"] != step:
+        results = {"tables": {}, "protocol": {}}
     protocol = json.loads(json.dumps(protocol))                 # as it is read back: tuples are lists
     for task, rows in tables.items():
         alike = results["protocol"].get(task) == protocol
         results["tables"][task] = (results["tables"].get(task, {}) if alike else {}) | rows
         results["protocol"][task] = protocol
-    with whole(file) as part, open(part, "w") as f:
-        json.dump(results | more, f, indent=1)
+    with whole(os.path.join(out, "results.json")) as part, open(part, "w") as f:
+        json.dump({"ckpt": ckpt, "step": step} | results | more, f, indent=1)
 
 
 def read_results(names):
     """{(task, row, column): [values]} of an evaluated run; of several, A,B,..., a value is a run's mean."""
     runs = []
     for name in names.split(","):
-        if not os.path.isfile(os.path.join(name, "results.json")):
-            raise UserError(f"--compare {name}: has no results.json; run --ckpt {name} first")
         tables = load_results(name)["tables"]
+        if not tables:
+            raise UserError(f"--compare {name}: has no results.json; run --ckpt {name} first")
         runs.append({(task, row, column): values for task, rows in tables.items()
                      for row, cells in rows.items() for column, values in cells.items()})
     if len(runs) == 1:
@@ -153,10 +150,8 @@ class Case:
         """
         world, source = self.world, self.args.adapt_data
         if not world.adapter:
-            folder = [adapted(self.args, self.config, self.step) if self.process.master else None]
-            if self.process.ranks > 1:
-                dist.broadcast_object_list(folder)
-            world = restore(load_checkpoint(folder[0]), self.args.vae_weights).to(self.process.device).eval()
+            folder = of_first(self.process, lambda: adapted(self.args, self.config, self.step))
+            world = load_world(folder, self.process.device, self.args.vae_weights)
         data = self.clips([source], "heldout")
         dims = data[[0]]["actions"].shape[-1] if data.labelled else 0
         if dims != world.adapter.action_dim:

@@ -301,6 +301,8 @@ def align(world, batch, known=None):
 
 
 DREAMED = {"psnr": "inferred", "psnr_shuffled": "shuffled", "psnr_null": "null", "psnr_copy": "copy"}
+# what a result always has; None where it cannot be measured
+RESULTS = ("utilization", "max_usage", "entropy", *DREAMED, "controllability", "nmi", "probe_r2", "probe_l1")
 
 
 def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, **sampling):
@@ -311,29 +313,20 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
         clips: how many are dreamed; 0 (a LAM without a generator): none.
         transitions, pairs: how many of the codebook, and of the probe a source.
     """
-    codes = dict.fromkeys(("utilization", "max_usage", "entropy"))
+    out, shown = dict.fromkeys(RESULTS), None
     if world.lam.quantize:
         indices = infer(world, dataset, transitions)["indices"]     # (n, k)
-        codes = codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
-    dreamed, shown = dict.fromkeys((*DREAMED, "controllability")), None
+        out |= codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
     if clips:
         variants = DREAMED | ({"psnr_adapted": "adapted"} if world.adapter and labelled else {})
         values, _, shown = predict(world, dataset, clips, variants.values(), **sampling)
-        dreamed |= {k: values[variant]["psnr"].mean().item() for k, variant in variants.items()}
-        dreamed |= loss_by_time(world, dataset, clips)
-        dreamed["controllability"] = dreamed["psnr"] - dreamed["psnr_shuffled"]
-    return codes | dreamed | probe_sources(world, labelled, pairs), shown
-
-
-def probe_sources(world, labelled, pairs):
-    """`probe_source` on each source with true actions, and the means over them."""
-    out, rows = {"nmi": None}, []
-    for name, train, test in labelled:
-        row = probe_source(world, train, test, pairs)
-        if "nmi" in row:
-            out["nmi"] = row.pop("nmi")
+        out |= {k: values[variant]["psnr"].mean().item() for k, variant in variants.items()}
+        out |= loss_by_time(world, dataset, clips)
+        out["controllability"] = out["psnr"] - out["psnr_shuffled"]
+    rows = {name: probe_source(world, train, test, pairs) for name, train, test in labelled}
+    for name, row in rows.items():
+        out["nmi"] = row.pop("nmi", out["nmi"])
         out |= {f"probe_{k}/{name}": v for k, v in row.items()}
-        rows.append(row)
-    for k in ("r2", "l1"):
-        out[f"probe_{k}"] = float(np.mean([row[k] for row in rows])) if rows else None
-    return out
+    for k in ("r2", "l1") if rows else ():
+        out[f"probe_{k}"] = float(np.mean([row[k] for row in rows.values()]))
+    return out, shown

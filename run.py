@@ -20,13 +20,10 @@ from tqdm import tqdm
 from checkpoint import newest, save
 from config import phases
 from formats import UserError, speaks, whole
-from judge import align, clips_to_align, loss_by_time, report, save_gif
+from judge import RESULTS, align, clips_to_align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
-# what a result line always has; null where it cannot be measured
-RESULTS = ("utilization", "entropy", "max_usage", "psnr", "psnr_shuffled", "psnr_null", "psnr_copy",
-           "probe_r2", "probe_l1", "nmi")
 
 
 def connect(process, hours=2):
@@ -58,21 +55,19 @@ def disconnect():
         dist.destroy_process_group()
 
 
-def of_node(process, ask):
-    """What ask() returns on the first rank of this rank's node; where it raises UserError, all ranks do."""
-    if process.ranks == 1:
-        return ask()
-    answer, answers = None, [None] * process.ranks
-    if process.local == 0:
+def of_first(process, ask):
+    """What ask() returns on the first rank, for all of them; where it raises UserError, all of them do."""
+    answer = [None]
+    if process.master:
         try:
-            answer = ask()
+            answer = [ask()]
         except UserError as error:
-            answer = error
-    dist.all_gather_object(answers, answer)
-    for answer in answers:
-        if isinstance(answer, UserError):
-            raise answer
-    return answers[process.rank - process.local]
+            answer = [error]
+    if process.ranks > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
 
 
 def gather(x):
@@ -154,9 +149,6 @@ class Run:
         self.path = os.path.join(self.out, "ckpt.pt")
         self.saved = step if file == self.path else None        # the step of ckpt.pt, if it is whole
         self.total = sum(phase.steps for phase in phases(cfg))
-        steps = gather(torch.tensor(step, device=process.device)).tolist()
-        if len(set(steps)) > 1:
-            raise UserError(f"--resume {cfg.resume}: ranks found checkpoints of different steps, {steps}")
         if process.master:
             self.open_folder()
             if file:
@@ -209,17 +201,10 @@ class Run:
             print(f"  {self.log}: {damaged} damaged lines are left out, and kept in {self.log}.damaged")
         return kept
 
-    def check_folder(self):
-        """UserError if the folder was renamed and another run made one of its name."""
-        file = os.path.join(self.out, ".lock")
-        if os.path.exists(file) and not os.path.samestat(os.stat(file), os.fstat(self.lock.fileno())):
-            raise UserError(f"{self.out}: is the folder of another run by now; this one stops")
-
     def record(self, event, **numbers):
         """One object in metrics.jsonl, one line on the terminal."""
         if not self.process.master:
             return
-        self.check_folder()
         with open(self.log, "a") as f:
             f.write(json.dumps({"event": event, **numbers}) + "\n")
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items() if "/" not in k}
@@ -235,7 +220,6 @@ class Run:
         """A checkpoint of this step."""
         if not self.process.master:
             return
-        self.check_folder()
         adapter = world.adapter.state_dict() if world.adapter else None
         save(self.out, self.cfg.keep, self.saved, step=self.step, phase=phase.name, world=world.config(),
              lam=world.lam.state_dict(), dit=world.dit.state_dict(), adapter=adapter,
@@ -253,6 +237,7 @@ class Run:
         if speaks():
             print(f"train.py: {why} at step {self.step}; {kept}", file=sys.stderr)
         sys.exit(status)
+
 
 def set_modes(world, phase):
     world.train()
@@ -315,13 +300,12 @@ class Watch:
 
     def alarm(self, found, max_usage):
         """One line when the codebook collapses, and one when it recovers."""
-        if found == self.alarmed:
-            return
+        if found != self.alarmed:
+            message = ("the codebook has collapsed: nearly all transitions have the same codes" if found
+                       else "the codebook has recovered")
+            self.run.record("alarm", phase=self.phase.name, step=self.run.step, message=message,
+                            max_usage=max_usage)
         self.alarmed = found
-        message = ("the codebook has collapsed: nearly all transitions have the same codes" if found
-                   else "the codebook has recovered")
-        self.run.record("alarm", phase=self.phase.name, step=self.run.step, message=message,
-                        max_usage=max_usage)
 
     def alignment(self):
         """How LAM and generator fit each other, on fixed held-out clips (`judge.align`)"""
@@ -333,7 +317,7 @@ class Watch:
     def evaluate(self, event, share=1):
         """Measure on held-out clips, and log it as `event`; `share` of the final numbers of clips."""
         cfg, heldout = self.cfg, self.data.heldout[self.phase.data]
-        numbers, videos = dict.fromkeys(RESULTS), None
+        videos = None
         with self.measuring():
             if self.phase.codes:
                 dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0
@@ -341,7 +325,7 @@ class Watch:
                 numbers, videos = report(self.world, heldout, self.data.labelled, dreamed,
                                          min(2048, transitions), transitions // share ** 2)
             else:
-                numbers |= loss_by_time(self.world, heldout, 256, False)
+                numbers = dict.fromkeys(RESULTS) | loss_by_time(self.world, heldout, 256, False)
         if videos:
             save_gif(os.path.join(self.run.out, "samples", f"{self.run.step:06d}.gif"), videos)
         self.run.record(event, phase=self.phase.name, step=self.run.step, precision=self.process.precision,
@@ -384,10 +368,9 @@ def memory(cfg, world, groups, phase, precision):
         saved.append((transitions * frame, lam.fdm_depth, 58))
     if "action" in phase.trains or "body" in phase.trains:
         saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase.trains else 51))
-    if cfg.activation_checkpointing:            # a block's input stays, and one block at a time
-        activations = sum(units * (4 * blocks + size) for units, blocks, size in saved)
-    else:
-        activations = sum(units * blocks * size for units, blocks, size in saved)
+    activations = 0
+    for units, blocks, size in saved:           # recomputed: a block's input stays, and one block at a time
+        activations += units * (4 * blocks + size if cfg.activation_checkpointing else blocks * size)
     return state / 1e9, activations * (1 if bf16 else 1.4) / 1e9
 
 

@@ -3142,18 +3142,6 @@ def test_a_run_goes_on_while_the_loaders_of_the_one_that_was_killed_still_live(f
     assert workers
 
 
-def test_a_run_whose_folder_went_to_another_one_stops(tmp_path, begin):
-    process = begin("train.py", "--name", "k", *ENDLESS, cwd=tmp_path)
-    until((tmp_path / "out/k/ckpt.pt").exists, process)
-    process.send_signal(signal.SIGSTOP)
-    (tmp_path / "out/k").rename(tmp_path / "out/moved")
-    run("train.py", "--name", "k", *ENDLESS, "--pretrain", 3, cwd=tmp_path)
-    process.send_signal(signal.SIGCONT)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert "is the folder of another run by now" in complaint(subprocess.CompletedProcess([], 1, "", err))
-    assert result(tmp_path, "k")[1]["step"] == 3
-
-
 def test_a_run_that_is_moved_aside_may_go_on_beside_the_new_one(trained, tmp_path, begin):
     shutil.copytree(trained[0] / "out/joint", tmp_path / "out/k")
     process = begin("train.py", "--name", "k", *ENDLESS, cwd=tmp_path)
@@ -3382,6 +3370,14 @@ def test_a_checkpoint_with_damaged_settings_gets_one_line(config, trained, tmp_p
     assert "\n" not in str(error.value)
 
 
+def test_a_checkpoint_of_another_version_gets_one_line(trained, tmp_path):
+    state = torch.load(trained[0] / "out/joint/ckpt.pt", weights_only=True)
+    state["world"]["lam"]["pairs"] = True
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="another version's .*'pairs'"):
+        load_world(str(tmp_path))
+
+
 # what a full disk, or a place that cannot be written to, leaves
 
 
@@ -3474,63 +3470,6 @@ def test_a_collapsed_codebook_raises_the_alarm_once_and_the_run_goes_on(tmp_path
     alarms = [row["message"] for row in rows if row["event"] == "alarm"]
     assert alarms == ["the codebook has collapsed: nearly all transitions have the same codes"]
     assert last["event"] == "result"
-
-
-# runs of earlier versions -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def old_run(trained, tmp_path):
-    """A function that makes a run of an earlier version at out/old, whose files held more than today's"""
-    def write(settings, lam):
-        folder = tmp_path / "out/old"
-        shutil.copytree(trained[0] / "out/joint", folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | settings))
-        state = torch.load(folder / "ckpt.pt", weights_only=True)
-        state["rng"] = torch.get_rng_state()[None]              # of each rank
-        state["world"]["lam"] |= lam
-        torch.save(state, folder / "ckpt.pt")
-        return folder
-    return write
-
-
-OLD_SETTINGS = {"pairs": True, "difference": False, "fdm_depth": 2, "lam_heads": 2, "action_depth": 1,
-                "clip": 1.0, "eval_transitions": 2048}
-OLD_LAM = {"pairs": True, "difference": False}
-
-
-def test_a_run_of_an_earlier_version_goes_on(old_run, tmp_path):
-    old_run(OLD_SETTINGS, OLD_LAM)
-    done = run("train.py", "--resume", "out/old", "--e2e", 6, cwd=tmp_path)
-    assert "goes on at step 12" in done.stdout
-    assert load_checkpoint(str(tmp_path / "out/old"))["step"] == 14
-    assert not OLD_SETTINGS.keys() & json.load(open(tmp_path / "out/old/config.json")).keys()
-
-
-@pytest.mark.parametrize("name, value", [("difference", True), ("clip", 0.5)])
-def test_a_run_with_a_setting_that_nothing_can_do_any_more_gets_one_line(name, value, old_run, refusal):
-    folder = old_run(OLD_SETTINGS | {name: value}, OLD_LAM)
-    assert f"was started with --{name} {value}, which is gone" in refusal("--resume", folder)
-
-
-@pytest.mark.parametrize("odd", [True, False])
-def test_an_old_latent_action_model_loads_if_it_saw_pairs_when_it_was_odd(odd, old_run):
-    world = load_world(str(old_run({}, {"odd": odd, "pairs": odd, "difference": False})))
-    assert world.lam.cfg.odd == odd
-    assert not {"pairs", "difference"} & asdict(world.lam.cfg).keys()
-
-
-@pytest.mark.parametrize("lam", [
-    pytest.param({"odd": True, "pairs": False, "difference": False}, id="odd without pairs"),
-    pytest.param({"odd": False, "pairs": True, "difference": False}, id="pairs without odd"),
-    pytest.param({"odd": True, "pairs": True, "difference": True}, id="differences"),
-])
-def test_an_old_latent_action_model_that_nothing_can_run_any_more_gets_one_line(lam, old_run):
-    folder = old_run({}, lam)
-    with pytest.raises(UserError, match="was trained with --pairs or --difference, which are gone") as error:
-        load_world(str(folder))
-    assert "\n" not in str(error.value)
 
 
 # other data and other weights -------------------------------------------------------------------------------
@@ -4167,7 +4106,7 @@ def test_an_adaptation_is_a_run_of_train_within_the_one_that_it_starts_from(trai
     assert trainings.flags == [[f"--resume={ADAPTED}"]]
     assert settings_of_adaptation() == {"name": "adapted-held-out-30", "mode": "adapt", "data": "held-out",
                                         "init": os.path.abspath("out/r"), "eval_clips": 1,
-                                        "eval_transitions": 64, "resume": ADAPTED}
+                                        "resume": ADAPTED}
 
 
 def test_an_adaptation_runs_in_the_callers_folder(trainings):

@@ -31,7 +31,7 @@ from data import clips, loader, parse_source, program, random_crop, sources, to_
 from flow import Draw
 from formats import UserError
 from lam import Adapter
-from run import (Run, Stops, Watch, connect, describe, disconnect, lock, of_node, run_folder, set_modes,
+from run import (Run, Stops, Watch, connect, describe, disconnect, lock, of_first, run_folder, set_modes,
                  wait_for_all)
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
@@ -264,14 +264,14 @@ def prepare_and_train(cfg, process):
     def enter():
         """Keep others out of the run's folder; the checkpoint to go on from, where there is one"""
         nonlocal state, held
-        if process.master and not cfg.dry_run:
+        if not cfg.dry_run:
             held = lock(run_folder(cfg))
         if cfg.resume == "none" or not checkpoints(cfg.resume):     # without any, a run starts over
             return None
         state, file = newest(cfg.resume)
         return file
 
-    file = of_node(process, enter)
+    file = of_first(process, enter)
     if file:
         state = state or load_checkpoint(file)
         check_past(cfg, state)
