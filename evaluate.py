@@ -27,7 +27,7 @@ from flow import Draw, World
 from formats import UserError, whole
 from judge import infer, loss_by_time, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
-from run import connect, disconnect, of_first, wait_for_all
+from run import connected, of_first
 
 
 def run_folder(ckpt):
@@ -302,8 +302,8 @@ def adapted(args, config, step):
     done = subprocess.run([sys.executable, script, f"--resume={target}"], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True, env=alone)
     if done.returncode:
-        complaint = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise UserError(f"adaptation failed: {complaint[-1]}")
+        complaint = done.stderr.strip() or f"status {done.returncode}"
+        raise UserError(f"adaptation failed: {complaint.splitlines()[-1]}")
     return target
 
 
@@ -356,11 +356,8 @@ def main(argv):
     if args.compare:
         return compare(*args.compare)
     process = Process.here(precision=args.precision)
-    connect(process, hours=24)                                  # the first adapts and measures alone
-    try:
+    with connected(process, hours=24):                          # the first adapts and measures alone
         evaluate(args, process)
-    finally:
-        disconnect()
 
 
 def evaluate(args, process):
@@ -379,16 +376,15 @@ def evaluate(args, process):
         with process.autocast():
             rows = TASKS[task](case) if process.master or task in SHARED else None
         if process.master:
-            if rows:
-                table(task, rows)
             tables = {task: rows} if rows else {}
+            for made in tables.values():
+                table(task, made)
             save_results(case.out, args.ckpt, case.step, tables, protocol, {"not_computed": case.why})
     if process.master:
         for column in ("ssim", "lpips", "fvd"):
             if column in case.why and set(tasks) & set(SHARED):
                 print(f"{column}: not computed; {case.why[column]}")
         print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
-    wait_for_all()
 
 
 if __name__ == "__main__":

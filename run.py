@@ -26,9 +26,11 @@ from metrics import codebook_metrics, collapsed
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
 
 
-def connect(process, hours=2):
-    """Let the ranks that torchrun started find each other. hours: how long they wait for the slowest."""
+@contextmanager
+def connected(process, hours=2):
+    """The ranks that torchrun started find each other. hours: how long they wait for the slowest."""
     if process.ranks == 1:
+        yield
         return
     if process.cuda:
         torch.cuda.set_device(process.device)
@@ -41,18 +43,18 @@ def connect(process, hours=2):
     backend = "cpu:gloo,cuda:nccl" if process.cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.ranks,
                             timeout=timedelta(hours=hours))
+    try:
+        yield
+        wait_for_all()
+    finally:
+        gc.collect()                    # cycles of DDP hold the group, whose threads must not outlive it
+        dist.destroy_process_group()
 
 
 def wait_for_all():
     """Ranks leave together: with the first that has stopped torchrun ends those that are still at work."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def disconnect():
-    if dist.is_initialized():
-        gc.collect()                    # cycles of DDP hold the group, whose threads must not outlive it
-        dist.destroy_process_group()
 
 
 def of_first(process, ask):
@@ -146,8 +148,8 @@ class Run:
         self.cfg, self.process, self.step, self.lock = cfg, process, step, held
         self.out = run_folder(cfg)
         self.log = os.path.join(self.out, "metrics.jsonl")
-        self.path = os.path.join(self.out, "ckpt.pt")
-        self.saved = step if file == self.path else None        # the step of ckpt.pt, if it is whole
+        # the step of ckpt.pt, if it is whole
+        self.saved = step if file == os.path.join(self.out, "ckpt.pt") else None
         self.total = sum(phase.steps for phase in phases(cfg))
         if process.master:
             self.open_folder()
@@ -249,9 +251,6 @@ class Watch:
 
     For each log line the means of the last steps, the codebook, an alarm when it collapses, and how LAM and
     generator fit each other; now and then everything else, on held-out clips.
-
-    Args:
-        data: clips, `heldout` by source and those `labelled` with true actions.
     """
 
     def __init__(self, cfg, process, run, world, data):
@@ -270,10 +269,8 @@ class Watch:
 
     def add(self, found, norm):
         """found: what the losses of a step's parts returned"""
-        def mean(name):
-            return torch.stack([f[name] for f in found]).mean()
-
-        numbers = {name: mean(name) for name, v in found[0].items() if name != "indices" and v.dim() == 0}
+        scalars = [name for name, v in found[0].items() if name != "indices" and v.dim() == 0]
+        numbers = {name: torch.stack([f[name] for f in found]).mean() for name in scalars}
         indices = torch.cat([f["indices"] for f in found]) if self.phase.codes else None
         self.recent = self.recent[1 - WINDOW:] + [(numbers | {"norm": norm}, indices)]
         step = self.run.step
@@ -316,8 +313,7 @@ class Watch:
 
     def evaluate(self, event, share=1):
         """Measure on held-out clips, and log it as `event`; `share` of the final numbers of clips."""
-        cfg, heldout = self.cfg, self.data.heldout[self.phase.data]
-        videos = None
+        cfg, heldout, videos = self.cfg, self.data.heldout[self.phase.data], None
         with self.measuring():
             if self.phase.codes:
                 dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0

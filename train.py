@@ -1,14 +1,12 @@
-"""Train a latent action world model: pre-train a generator, warm up, co-evolve; or in two stages; or adapt
-it.
+"""Train a latent action world model: pre-train a generator, warm up, co-evolve; in two stages; or adapt it.
 
     python train.py                                                     # the toy world, on a laptop
     torchrun --nproc_per_node 8 train.py --mode joint --warmup 8000     # DDP
     python train.py --resume out/toy                                    # go on after a stop
 
-Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe). Who trains on what in
-    which phase is
-data: `phases` in config.py. Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones,
-    samples/*.gif.
+Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe). Who trains on what in which
+phase is data: `phases` in config.py. Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones,
+samples/*.gif.
 """
 
 import os
@@ -31,7 +29,7 @@ from data import clips, loader, parse_source, program, random_crop, sources, to_
 from flow import Draw
 from formats import UserError
 from lam import Adapter
-from run import (Run, Stops, Watch, connect, describe, disconnect, lock, of_first, run_folder, set_modes,
+from run import (Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
@@ -239,17 +237,13 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
                 watch.evaluate("eval", share=2)
     if process.master:
         watch.evaluate("result")
-    wait_for_all()
 
 
 def main(argv):
     cfg = parse(argv, __doc__)
     process = Process.here(cfg.device, cfg.precision)
-    connect(process)
-    try:
+    with connected(process):
         prepare_and_train(cfg, process)
-    finally:
-        disconnect()
 
 
 def prepare_and_train(cfg, process):
