@@ -103,10 +103,11 @@ def check_past(cfg, state):
 
 
 def restore(state, vae_weights=None):
-    """World from a checkpoint's content. vae_weights: where Open-Sora's VAE lies now, if it has moved."""
+    """World from a checkpoint's content. vae_weights: where Open-Sora's VAE lies now, else None or "none"."""
     config = state["world"]
+    path = config["vae"] if vae_weights in (None, "none") else vae_weights
     try:
-        vae = PixelVAE() if config["vae"] == "none" else load_opensora_vae(vae_weights or config["vae"])
+        vae = PixelVAE() if config["vae"] == "none" else load_opensora_vae(path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(error) from None
     lam, dit = LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"]))
@@ -175,7 +176,7 @@ def build(cfg, absent=()):
     """
     try:
         if cfg.init != "none":
-            world = restore(load_checkpoint(cfg.init), None if cfg.vae_weights == "none" else cfg.vae_weights)
+            world = restore(load_checkpoint(cfg.init), cfg.vae_weights)
             world.adapter = None
         else:
             world = build_parts(cfg, absent)

@@ -84,9 +84,8 @@ def gather(x):
 class Stops:
     """Reasons of one rank to stop that all must follow at the same step: SIGTERM, a number not finite."""
 
-    def __init__(self, process):
-        self.process, self.terminated = process, False
-        self.seen = torch.zeros((), device=process.device)
+    def __init__(self, device):
+        self.terminated, self.seen = False, torch.tensor(False, device=device)
         signal.signal(signal.SIGTERM, self.terminate)
 
     def terminate(self, *_):
@@ -94,20 +93,15 @@ class Stops:
 
     def asked(self):
         """Whether SIGTERM has come to any rank. Ranks agree on it on their CPUs: their GPUs go on."""
-        return self.any(torch.tensor(float(self.terminated)))
+        return bool(gather(torch.tensor(self.terminated)).any())
 
     def look(self, number):
         """Remember, without waiting for the device, whether a scalar is finite."""
-        self.seen = torch.maximum(self.seen, (~number.isfinite()).float())
+        self.seen = self.seen | ~number.isfinite()
 
     def not_finite(self):
         """Whether any rank has seen a number that is not finite. Each waits for its device."""
-        return self.any(self.seen)
-
-    def any(self, flag):
-        if self.process.ranks > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return bool(gather(self.seen).any())
 
 
 def run_folder(cfg):

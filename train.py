@@ -167,7 +167,7 @@ def begin(cfg, process, world, phase, groups, optimizer, fresh):
 
 
 def train(cfg, process, run, world, data, groups, optimizer, cache):
-    watch, stops, vq_at = Watch(cfg, process, run, world, data), Stops(process), quantize_at(cfg)
+    watch, stops, vq_at = Watch(cfg, process, run, world, data), Stops(process.device), quantize_at(cfg)
     end, trained = 0, ()
     for phase in phases(cfg):
         start, end = end, end + phase.steps
@@ -271,8 +271,7 @@ def prepare_and_train(cfg, process):
         check_past(cfg, state)
     warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
     with torch.device("meta" if cfg.dry_run else "cpu"):
-        moved = cfg.vae_weights if os.path.exists(cfg.vae_weights) else None
-        world = restore(state, moved) if state else build(cfg, absent)
+        world = restore(state, cfg.vae_weights) if state else build(cfg, absent)
     check(cfg, world)
     data = None if "data" in absent else open_data(cfg)
     if cfg.mode == "adapt" and data and not world.adapter:
