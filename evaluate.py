@@ -15,6 +15,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -278,11 +279,9 @@ def adapted(args, config, step):
     It lies in the folder of --ckpt, so that it is not taken for that of another run or another step.
     """
     target = os.path.join(run_folder(args.ckpt), f"adapted-{label(args.adapt_data)}-{step}")
-    log = os.path.join(target, "metrics.jsonl")
-    if os.path.exists(log):
-        with open(log) as f:
-            if '"event": "result"' in f.read():
-                return target
+    log = Path(target, "metrics.jsonl")
+    if log.exists() and '"event": "result"' in log.read_text():
+        return target
     print(f"adapts {args.ckpt} to {args.adapt_data}: in {target}", flush=True)
     if not os.path.exists(os.path.join(target, "ckpt.pt")):
         # the run's settings, but for those that an adaptation has of its own, and that an older run had

@@ -305,7 +305,7 @@ DREAMED = {"psnr": "inferred", "psnr_shuffled": "shuffled", "psnr_null": "null",
 RESULTS = ("utilization", "max_usage", "entropy", *DREAMED, "controllability", "nmi", "probe_r2", "probe_l1")
 
 
-def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, **sampling):
+def report(world, dataset, labelled, clips, transitions, pairs):
     """Everything that a run measures: numbers (None where the data allow none), and the videos of `predict`.
 
     Args:
@@ -319,7 +319,7 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
         out |= codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
     if clips:
         variants = DREAMED | ({"psnr_adapted": "adapted"} if world.adapter and labelled else {})
-        values, _, shown = predict(world, dataset, clips, variants.values(), **sampling)
+        values, _, shown = predict(world, dataset, clips, variants.values())
         out |= {k: values[variant]["psnr"].mean().item() for k, variant in variants.items()}
         out |= loss_by_time(world, dataset, clips)
         out["controllability"] = out["psnr"] - out["psnr_shuffled"]

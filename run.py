@@ -213,7 +213,6 @@ class Run:
         return {"steps_per_second": round(done / seconds, 2), "minutes_left": round(left / 60, 1)}
 
     def save(self, phase, world, optimizer):
-        """A checkpoint of this step."""
         if not self.process.master:
             return
         adapter = world.adapter.state_dict() if world.adapter else None
@@ -283,20 +282,15 @@ class Watch:
         if self.phase.codes and self.world.lam.quantize:
             indices = gather(torch.stack([indices for _, indices in self.recent])).flatten(0, -2)
             out |= codebook_metrics(indices, self.world.lam.cfg.num_codes)
-            if "lam" in self.phase.trains:
-                self.alarm(collapsed(indices), out["max_usage"])
+            if "lam" in self.phase.trains and collapsed(indices) != self.alarmed:
+                self.alarmed = not self.alarmed
+                message = ("the codebook has collapsed: nearly all transitions have the same codes"
+                           if self.alarmed else "the codebook has recovered")
+                self.run.record("alarm", phase=self.phase.name, step=self.run.step, message=message,
+                                max_usage=out["max_usage"])
         if len(self.grads) == 2:                # of this step and the one before
             out["grad_cosine"] = F.cosine_similarity(*self.grads.values(), 0).item()
         return out | self.alignment()
-
-    def alarm(self, found, max_usage):
-        """One line when the codebook collapses, and one when it recovers."""
-        if found != self.alarmed:
-            message = ("the codebook has collapsed: nearly all transitions have the same codes" if found
-                       else "the codebook has recovered")
-            self.run.record("alarm", phase=self.phase.name, step=self.run.step, message=message,
-                            max_usage=max_usage)
-        self.alarmed = found
 
     def alignment(self):
         """How LAM and generator fit each other, on fixed held-out clips (`judge.align`)"""
@@ -365,7 +359,6 @@ def memory(cfg, world, groups, phase, precision):
 
 
 def describe(cfg, process, world, groups, absent):
-    """Print what will train."""
     parts = ", ".join(f"{name} {count(parameters) / 1e6:.2f} M" for name, parameters in groups.items())
     share = process.ranks * cfg.accumulate
     print(f"{cfg.name}: {parts} parameters; batch {cfg.batch} = {process.ranks} x {cfg.accumulate} x "

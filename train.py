@@ -276,9 +276,6 @@ def prepare_and_train(cfg, process):
     data = None if "data" in absent else open_data(cfg)
     if cfg.mode == "adapt" and data and not world.adapter:
         world.adapter = new_adapter(cfg, world, data)
-    cache = None
-    if cfg.latent_cache != "none" and not cfg.dry_run:
-        cache = LatentCache(world.vae, cfg.latent_cache)
     cfg = adopt(cfg, world)
     world.to("meta" if cfg.dry_run else process.device)
     groups = parameter_groups(world)
@@ -286,6 +283,7 @@ def prepare_and_train(cfg, process):
         describe(cfg, process, world, groups, absent)
     if cfg.dry_run:
         return
+    cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" else None
     run = Run(cfg, process, state["step"] if state else 0, file, held)
     optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=process.cuda or None)
