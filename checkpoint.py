@@ -1,5 +1,4 @@
-"""A run's state on disk: its checkpoints, the World that one holds or that settings ask for, latents of
-clips.
+"""A run's state on disk: checkpoints, the World that one holds or that settings ask for, latents of clips.
 
 What is wrong with something that the user named is a `UserError`, one line.
 """
@@ -9,7 +8,7 @@ import hashlib
 import os
 import sys
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
@@ -96,8 +95,7 @@ def check_past(cfg, state):
             left -= min(row.steps, left)
         return ", ".join(told)
 
-    known = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-    was, now = taken(Config(**known)), taken(cfg)
+    was, now = taken(Config(**state["config"])), taken(cfg)
     if was != now:
         raise UserError(f"--resume {cfg.resume}: its steps were {was}; by these lengths they would be {now}")
 

@@ -375,9 +375,9 @@ def evaluate(args, process):
         with process.autocast():
             rows = TASKS[task](case) if process.master or task in SHARED else None
         if process.master:
+            if rows:
+                table(task, rows)
             tables = {task: rows} if rows else {}
-            for made in tables.values():
-                table(task, made)
             save_results(case.out, args.ckpt, case.step, tables, protocol, {"not_computed": case.why})
     if process.master:
         for column in ("ssim", "lpips", "fvd"):

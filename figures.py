@@ -165,10 +165,6 @@ def values_of(what):
         raise ValueError(f"{what}: names nothing") from None
 
 
-def mean_of(what):
-    return shown(*values_of(what))
-
-
 def seeds_of(what):
     values, column = values_of(what)
     return ", ".join(number(x, column) for x in values[0])
@@ -241,7 +237,8 @@ def verdicts(text):
     return "\n" + grid(lines)
 
 
-KINDS = {"mean": mean_of, "seeds": seeds_of, "link": link, "table": table, "verdicts": verdicts}
+KINDS = {"mean": lambda what: shown(*values_of(what)), "seeds": seeds_of, "link": link, "table": table,
+         "verdicts": verdicts}
 COMMENT = re.compile(f"<!-- ({'|'.join(KINDS)})" + r"(\s.*?\s)-->(?:(?!<!--).)*<!---->", re.S)
 
 

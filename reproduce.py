@@ -87,9 +87,7 @@ class Lab:
 
     def __init__(self, preset, variant, seeds, kilo=None):
         self.preset, self.variant, self.seeds, self.kilo = preset, variant, seeds, kilo or KILO[preset]
-        self.name = f"{preset}-{variant}"
-        if self.kilo != KILO[preset]:
-            self.name += f"-kilo{kilo}"
+        self.name = f"{preset}-{variant}" + (f"-kilo{kilo}" if self.kilo != KILO[preset] else "")
         self.commands = []              # that a target takes, as printed
 
     def folder(self, run, seed):
