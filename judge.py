@@ -20,7 +20,7 @@ from data import another, to_video
 from flow import Draw, sample, shift_time, time_ratio
 from formats import UserError, first_line, optional, whole
 from lam import resize
-from metrics import cka, codebook_metrics, full_precision, joint_codes, nmi, probe, psnr, ssim
+from metrics import cka, codebook_metrics, joint_codes, nmi, probe, psnr, ssim
 
 
 class Lpips:
@@ -40,7 +40,6 @@ class Lpips:
             warnings.simplefilter("ignore")                     # it calls torchvision in an older way
             self.net = package.LPIPS(net="alex", verbose=False).to(device)
 
-    @full_precision
     def __call__(self, a, b):
         """Videos (b, 3, t, h, w) in [-1, 1] -> (b,)"""
         a_frames, b_frames = (rearrange(v.float(), "b c t h w -> (b t) c h w") for v in (a, b))
@@ -56,7 +55,6 @@ class I3D:
         except Exception as error:                              # whatever a broken file makes torch raise
             raise UserError(f"--i3d {path}: cannot be read as TorchScript ({first_line(error)})") from None
 
-    @full_precision
     def __call__(self, video):
         """(b, 3, t, h, w) in [-1, 1], t >= 10, resized to 224 x 224 -> (b, 400)"""
         return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)
@@ -131,10 +129,11 @@ def probe_source(world, train, test, pairs, seed=0, shuffled=False):
         shuffled: also probe latent actions of other transitions, as `l1_shuffled`.
     """
     a, b = infer(world, train, pairs, seed), infer(world, test, pairs, seed)
-    out = probe(a["z"], a["actions"], b["z"], b["actions"], seed=seed)
-    if shuffled:
-        z = a["z"][torch.randperm(len(a["z"]), generator=torch.Generator().manual_seed(seed))]
-        out["l1_shuffled"] = probe(z, a["actions"], b["z"], b["actions"], seed=seed)["l1"]
+    with torch.autocast("cpu", enabled=False):                  # --precision is of the models
+        out = probe(a["z"], a["actions"], b["z"], b["actions"], seed=seed)
+        if shuffled:
+            z = a["z"][torch.randperm(len(a["z"]), generator=torch.Generator().manual_seed(seed))]
+            out["l1_shuffled"] = probe(z, a["actions"], b["z"], b["actions"], seed=seed)["l1"]
     if world.lam.quantize and "effects" in b and toy.EMBODIMENTS[test.source].matrix is None:
         out["nmi"] = nmi(joint_codes(b["indices"]), b["effects"])
     return out
@@ -215,9 +214,11 @@ def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy")
             shown = [v.cpu() for v in [video, *made.values()][:3]]
         true = video[:, :, 1:]                                  # the first frame is given
         new = {variant: v[:, :, 1:] for variant, v in made.items()}
-        values = {variant: {k: f(v, true).cpu() for k, f in measures.items()} for variant, v in new.items()}
-        new["true"] = true
-        seen = {variant: {k: f(v).cpu() for k, f in features.items()} for variant, v in new.items()}
+        with torch.autocast(true.device.type, enabled=False):   # --precision is of the models
+            values = {variant: {k: f(v, true).cpu() for k, f in measures.items()}
+                      for variant, v in new.items()}
+            new["true"] = true
+            seen = {variant: {k: f(v).cpu() for k, f in features.items()} for variant, v in new.items()}
         parts[i] = values, seen
     if ranks > 1:
         everyone = [None] * ranks

@@ -2311,16 +2311,18 @@ def test_psnr_and_ssim_are_scikit_images(measure, videos, values):
     assert torch.allclose(measure(*videos()), torch.tensor(values), atol=1e-4)
 
 
-def test_measures_take_float32_whatever_the_models_precision():
-    a, b, z = video(size=16), video(size=16, seed=1), torch.randn(300, 4)
-    actions = z[:, :2] + 0.1 * torch.randn(300, 2)
+def test_measures_take_float32_whatever_the_models_precision(monkeypatch):
+    world, clips, autocast = small_world(), ToyClips("cross", 8, 4), []
 
-    def found():
-        return [ssim(a, b), torch.tensor(list(probe(z, actions, z, actions, steps=10).values()))]
+    def measure(*_):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return torch.zeros(4)
 
-    want = found()
+    monkeypatch.setattr(judge, "probe", lambda *_, seed: {"l1": measure()})
     with Process(precision="bf16").autocast():
-        assert all(torch.equal(value, same) for value, same in zip(found(), want, strict=True))
+        predict(world, clips, 4, ["copy"], {"m": measure}, {"f": measure})
+        judge.probe_source(world, clips, clips, 30, shuffled=True)
+    assert autocast == [False] * 5
 
 
 def test_ssim_of_equal_videos_is_one():
