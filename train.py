@@ -12,8 +12,8 @@ samples/*.gif.
 import os
 import signal
 import warnings
+from argparse import Namespace
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -67,15 +67,9 @@ LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter
 # before the loop ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Data:
-    """Clips of a run, by the names of its phases' sources."""
-    train: dict
-    heldout: dict
-    labelled: list          # (name, training, held-out clips) where true actions are known: only to judge by
-
-
 def open_data(cfg):
+    """Clips to `train` on and `heldout` ones, by the names of the phases' sources; where true actions are
+    known `labelled` has (name, training, held-out clips), only to judge by."""
     names = {phase.data for phase in phases(cfg)}
     train = {name: clips(name, cfg.size, cfg.frames, cfg.seed, "train") for name in names}
     heldout = {name: clips(name, cfg.size, cfg.eval_frames, cfg.seed, "heldout") for name in names}
@@ -84,7 +78,7 @@ def open_data(cfg):
         both = [clips([text], cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")]
         if both[0].labelled and both[1].labelled:
             labelled.append((parse_source(text)[0], *both))
-    return Data(train, heldout, labelled)
+    return Namespace(train=train, heldout=heldout, labelled=labelled)
 
 
 def new_adapter(cfg, world, data):
