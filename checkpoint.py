@@ -48,10 +48,8 @@ def load_checkpoint(path):
 
 
 def checkpoints(out):
-    """Checkpoint files of a run, newest first."""
-    older = sorted(glob.glob(os.path.join(glob.escape(out), "ckpt-*.pt")), reverse=True)
-    newest = os.path.join(out, "ckpt.pt")
-    return [newest] + older if os.path.exists(newest) else older
+    """Checkpoint files of a run, newest first: ckpt.pt, whose dot comes after a hyphen, then ckpt-STEP.pt."""
+    return sorted(glob.glob(os.path.join(glob.escape(out), "ckpt[.-]*pt")), reverse=True)
 
 
 def write(state, path):

@@ -163,8 +163,7 @@ class Run:
                 number += 1
             os.rename(self.out, f"{self.out}.{number}")
             print(f"  {self.out} exists: moved to {self.out}.{number}")
-            if self.lock:
-                self.lock.close()               # that run may go on
+            self.lock.close()                   # that run may go on
         os.makedirs(os.path.join(self.out, "samples"), exist_ok=True)
         if self.cfg.resume == "none":
             self.lock = lock(self.out)
