@@ -134,7 +134,7 @@ def frame_time(world, cfg, n, process):
 
 @torch.no_grad()
 def planning(world, cfg, samples, process, horizon=10, alone=5):
-    """How fast all candidates of a plan are dreamed together, and how much faster than one by one"""
+    """Plans a second, and how much faster candidates are dreamed together than one by one"""
     device = process.device
     world.adapter = Adapter(4, world.lam.cfg).to(device)
     frames = np.random.default_rng(0).integers(0, 255, (1, cfg.size, cfg.size, 3), np.uint8)

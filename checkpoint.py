@@ -1,4 +1,4 @@
-"""A run's state on disk: checkpoints, the World that one holds or that settings ask for, latents of clips.
+"""A run's state on disk: checkpoints, the World of one or of settings, latents of clips.
 
 What is wrong with something that the user named is a `UserError`, one line.
 """
@@ -48,7 +48,7 @@ def load_checkpoint(path):
 
 
 def checkpoints(out):
-    """Checkpoint files of a run, newest first: ckpt.pt, whose dot comes after a hyphen, then ckpt-STEP.pt."""
+    """Checkpoint files of a run, newest first: the dot of ckpt.pt sorts after ckpt-STEP.pt's hyphen."""
     return sorted(glob.glob(os.path.join(glob.escape(out), "ckpt[.-]*pt")), reverse=True)
 
 
@@ -99,7 +99,7 @@ def check_past(cfg, state):
 
 
 def restore(state, vae_weights=None):
-    """World from a checkpoint's content. vae_weights: where Open-Sora's VAE lies now, else None or "none"."""
+    """World from a checkpoint's content. vae_weights: where its VAE lies now, or None, "none"."""
     config = state["world"]
     path = config["vae"] if vae_weights in (None, "none") else vae_weights
     try:
@@ -152,7 +152,7 @@ def build_lam(cfg):
         return lam
     trained = load_checkpoint(cfg.init_lam)
     lam_cfg = LAMConfig(**trained["world"]["lam"])
-    comes = cfg.mode == "two-stage" and not cfg.lam_steps       # its FDM, else there is none or a fresh one
+    comes = cfg.mode == "two-stage" and not cfg.lam_steps       # its FDM; else none, or a fresh one
     lam = LAM(lam_cfg if comes else replace(lam_cfg, fdm_depth=fdm_depth))
     fresh = {name: w for name, w in lam.state_dict().items() if name.startswith("fdm.")}
     weights = {name: w for name, w in trained["lam"].items() if comes or not name.startswith("fdm.")}
@@ -224,7 +224,7 @@ class LatentCache:
         new = [i for i, file in enumerate(files) if not os.path.exists(file)]
         if new:
             for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
-                own = f"{files[i]}.{os.getpid()}"               # ranks may write the same file at once
+                own = f"{files[i]}.{os.getpid()}"      # ranks may write the same file at once
                 with whole(own) as part:
                     write(latent.clone(), part)
                 os.replace(own, files[i])

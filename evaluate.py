@@ -55,7 +55,7 @@ def cell(values):
 
 
 def load_results(out):
-    """What out/results.json holds, as `save_results` writes it; UserError if not. None there: no tables."""
+    """What `save_results` wrote to out/results.json, if anything. Raises UserError for other content."""
     file = os.path.join(out, "results.json")
     if not os.path.exists(file):
         return {"step": None, "tables": {}, "protocol": {}}
@@ -355,7 +355,7 @@ def main(argv):
     if args.compare:
         return compare(*args.compare)
     process = Process.here(precision=args.precision)
-    with connected(process, hours=24):                          # the first adapts and measures alone
+    with connected(process, hours=24):              # the first adapts and measures alone
         evaluate(args, process)
 
 

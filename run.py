@@ -28,7 +28,7 @@ WINDOW = 50                     # steps whose codes count for the codebook's met
 
 @contextmanager
 def connected(process, hours=2):
-    """The ranks that torchrun started find each other. hours: how long they wait for the slowest."""
+    """The ranks that torchrun started find each other. hours: to wait for the slowest."""
     if process.ranks == 1:
         yield
         return
@@ -47,7 +47,7 @@ def connected(process, hours=2):
         yield
         wait_for_all()
     finally:
-        gc.collect()                    # cycles of DDP hold the group, whose threads must not outlive it
+        gc.collect()            # cycles of DDP hold the group, whose threads must not outlive it
         dist.destroy_process_group()
 
 
@@ -58,7 +58,7 @@ def wait_for_all():
 
 
 def of_first(process, ask):
-    """What ask() returns on the first rank, for all of them; where it raises UserError, all of them do."""
+    """What ask() returns on the first rank, for all ranks; where it raises UserError, all do."""
     answer = [None]
     if process.master:
         try:
@@ -196,10 +196,11 @@ class Run:
             print(f"  {self.log}: {damaged} damaged lines are left out, and kept in {self.log}.damaged")
         return kept
 
-    def record(self, event, **numbers):
+    def record(self, event, phase, **numbers):
         """One object in metrics.jsonl, one line on the terminal."""
         if not self.process.master:
             return
+        numbers = {"phase": phase.name, "step": self.step} | numbers
         with open(self.log, "a") as f:
             f.write(json.dumps({"event": event, **numbers}) + "\n")
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items() if "/" not in k}
@@ -285,8 +286,7 @@ class Watch:
                 self.alarmed = not self.alarmed
                 message = ("the codebook has collapsed: nearly all transitions have the same codes"
                            if self.alarmed else "the codebook has recovered")
-                self.run.record("alarm", phase=self.phase.name, step=self.run.step, message=message,
-                                max_usage=out["max_usage"])
+                self.run.record("alarm", self.phase, message=message, max_usage=out["max_usage"])
         if len(self.grads) == 2:                # of this step and the one before
             out["grad_cosine"] = F.cosine_similarity(*self.grads.values(), 0).item()
         return out | self.alignment()
@@ -311,8 +311,7 @@ class Watch:
                 numbers = dict.fromkeys(RESULTS) | loss_by_time(self.world, heldout, 256, False)
         if videos:
             save_gif(os.path.join(self.run.out, "samples", f"{self.run.step:06d}.gif"), videos)
-        self.run.record(event, phase=self.phase.name, step=self.run.step, precision=self.process.precision,
-                        **numbers)
+        self.run.record(event, self.phase, precision=self.process.precision, **numbers)
 
     @contextmanager
     def measuring(self):
@@ -352,7 +351,7 @@ def memory(cfg, world, groups, phase, precision):
     if "action" in phase.trains or "body" in phase.trains:
         saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase.trains else 51))
     activations = 0
-    for units, blocks, size in saved:           # recomputed: a block's input stays, and one block at a time
+    for units, blocks, size in saved:           # recomputed: the input stays, and one block at a time
         activations += units * (4 * blocks + size if cfg.activation_checkpointing else blocks * size)
     return state / 1e9, activations * (1 if bf16 else 1.4) / 1e9
 

@@ -1,12 +1,12 @@
-"""Train a latent action world model: pre-train a generator, warm up, co-evolve; in two stages; or adapt it.
+"""Train a latent action world model: pre-train a generator, warm up, co-evolve.
 
     python train.py                                                     # the toy world, on a laptop
     torchrun --nproc_per_node 8 train.py --mode joint --warmup 8000     # DDP
     python train.py --resume out/toy                                    # go on after a stop
 
-Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe). Who trains on what in which
-phase is data: `phases` in config.py. Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones,
-samples/*.gif.
+Or in two stages, or adapt it to real actions: who trains on what in which phase is data, `phases` in
+config.py. Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones, samples/*.gif.
+Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe).
 """
 
 import os
@@ -68,8 +68,8 @@ LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter
 
 
 def open_data(cfg):
-    """Clips to `train` on and `heldout` ones, by the names of the phases' sources; where true actions are
-    known `labelled` has (name, training, held-out clips), only to judge by."""
+    """Clips to `train` on and `heldout` ones, by the names of the phases' sources; `labelled`, where true
+    actions are known: (name, training, held-out clips), only to judge by."""
     names = {phase.data for phase in phases(cfg)}
     train = {name: clips(name, cfg.size, cfg.frames, cfg.seed, "train") for name in names}
     heldout = {name: clips(name, cfg.size, cfg.eval_frames, cfg.seed, "heldout") for name in names}
@@ -174,7 +174,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
         model = begin(cfg, process, world, phase, groups, optimizer, fresh)
         trained = phase.trains
         if run.step == start and phase.dreams:
-            run.record("align", phase=phase.name, step=run.step, **watch.alignment())
+            run.record("align", phase, **watch.alignment())
         clips_of_phase, (part, loss_of) = data.train[phase.data], LOSSES[phase.loss]
         cached = cache is not None and phase.crop == 1 and part == "world"      # every crop has other latents
         # clip i of a source is always the same, so a run that goes on sees what it would have seen
@@ -218,7 +218,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
             # log, save, evaluate; first the checkpoint, as an evaluation may take long
             if watch.logs_at(run.step):
                 numbers = watch.numbers()
-                run.record("train", phase=phase.name, step=run.step, **numbers, lr=lr, **run.speed())
+                run.record("train", phase, **numbers, lr=lr, **run.speed())
                 run.bar.set_postfix_str(f"{phase.name} loss {numbers['loss']:.4f}")
             if saves:
                 run.save(phase, world, optimizer)
