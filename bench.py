@@ -20,7 +20,6 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import plan
 from checkpoint import build
@@ -55,7 +54,7 @@ def matmul_rate(device, dtype):
     return max(rates)
 
 
-def clips_that_fit(preset, cfg, process):
+def clips_that_fit(cfg, process):
     """Clips of a training step: the preset's, unless they would take too much memory; then it says so."""
     with torch.device("meta"):
         world = build(cfg, {"dit_weights", "vae_weights"})
@@ -65,12 +64,13 @@ def clips_that_fit(preset, cfg, process):
     else:                                       # half of the machine's, whose other half others may have
         room = 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     wanted, fit = max(1, cfg.batch // cfg.accumulate), int((room - state) / clip)
+    here = f"GB, of which there are {room:.1f} here"
     if fit < 1:
-        raise UserError(f"--preset {preset}: a training step of one clip takes about {state + clip:.1f} GB, "
-                        f"of which there are {room:.1f} here")
+        one = f"a training step of one clip takes about {state + clip:.1f}"
+        raise UserError(f"--preset {cfg.preset}: {one} {here}")
     if fit < wanted:
-        tqdm.write(f"{preset}: {wanted} clips a step would take about {state + wanted * clip:.1f} GB, "
-                   f"of which there are {room:.1f} here; trains on {fit}")
+        print(f"{cfg.preset}: {wanted} clips a step would take about {state + wanted * clip:.1f} {here}; "
+              f"trains on {fit}")
     return min(fit, wanted)
 
 
@@ -134,7 +134,7 @@ def frame_time(world, cfg, n, process):
 
 @torch.no_grad()
 def planning(world, cfg, samples, process, horizon=10, alone=5):
-    """Seconds to dream all candidates of a plan together, and one by one (of which a few are timed)"""
+    """Plans a second, and how much faster candidates are dreamed together than one by one"""
     device = process.device
     world.adapter = Adapter(4, world.lam.cfg).to(device)
     frames = np.random.default_rng(0).integers(0, 255, (1, cfg.size, cfg.size, 3), np.uint8)
@@ -143,18 +143,18 @@ def planning(world, cfg, samples, process, horizon=10, alone=5):
     def dream(some):
         plan.dream(world, frames, past, some, seed=0, fps=24, context=1, steps=3, guidance=1.0)
 
-    few = actions[:alone].split(1)
+    few = actions[:alone].split(1)              # one by one only these are timed
     with process.autocast():
         together = seconds(lambda: dream(actions), device, 2)
-        one_by_one = seconds(lambda: [dream(one) for one in few], device, 2)
-    return together, one_by_one / len(few) * samples
+        one = seconds(lambda: [dream(one) for one in few], device, 2) / len(few)
+    return {"plan_shared_speedup": one * samples / together, "plans_per_second": 1 / together}
 
 
-def measure(preset, args, process, rate, bar):
+def measure(preset, args, process, rate):
     """Numbers of a preset: a dict"""
     flags = [f"--preset={preset}", *(f"--{setting}" for setting in args.set)]
     cfg = parse(flags + (["--compile"] if args.compile else []))
-    batch = args.batch or clips_that_fit(preset, cfg, process)
+    batch = args.batch or clips_that_fit(cfg, process)
     world = build(cfg, {"dit_weights", "vae_weights"}).to(process.device)
     world.lam.quantize = True
     if process.cuda:
@@ -163,28 +163,21 @@ def measure(preset, args, process, rate, bar):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024            # bytes, of the whole process
     if process.cuda:
         peak = torch.cuda.max_memory_allocated()
-    bar.update()
     side = cfg.size // world.vae.pixel_stride // world.dit.cfg.patch
     patches = side ** 2 * world.vae.latent_frames(cfg.frames)
     # dreams have too many shapes to compile them all: see run.Watch
-    eager = torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext()
-    with eager:
+    with torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext():
         frames = {n: frame_time(world, cfg, n, process) for n in (2, 4, 8, 16)}
-    bar.update()
-    numbers = {
+        # of a VAE with a stride the random weights would be timed
+        plans = planning(world, cfg, args.samples, process) if world.vae.time_stride == 1 else {}
+    return {
         "preset": preset, "compile": cfg.compile, "batch": batch,
         "step_seconds": took, "step_gflop": flops / 1e9,
         "train_tokens_per_second": batch * patches / took, "train_share_of_matmul": flops / took / rate,
         "peak_memory_gb": peak / 2 ** 30, "rollout_seconds_a_frame": frames,
         "rollout_cached_speedup": frames[16]["plain"] / frames[16]["cached"],
         "frame16_over_frame2": frames[16]["cached"] / frames[2]["cached"],
-    }
-    if world.vae.time_stride == 1:              # else the VAE's random weights would be timed
-        with eager:
-            together, alone = planning(world, cfg, args.samples, process)
-        numbers |= {"plan_shared_speedup": alone / together, "plans_per_second": 1 / together}
-    bar.update()
-    return numbers
+    } | plans
 
 
 def say(numbers, samples):
@@ -192,18 +185,17 @@ def say(numbers, samples):
     row = Namespace(**numbers)
     frames = ", ".join(f"after {n}: {s['cached']:.3f} s (no cache {s['plain']:.3f} s)"
                        for n, s in row.rollout_seconds_a_frame.items())
-    tqdm.write(f"{row.preset}: training {row.train_tokens_per_second:.0f} tokens/s, "
-               f"{row.train_share_of_matmul:.0%} of the matrix product's rate ({row.batch} clips, "
-               f"{row.step_gflop:.1f} GFLOP in {row.step_seconds:.3f} s), "
-               f"peak memory {row.peak_memory_gb:.2f} GB")
+    print(f"{row.preset}: training {row.train_tokens_per_second:.0f} tokens/s, "
+          f"{row.train_share_of_matmul:.0%} of the matrix product's rate ({row.batch} clips, "
+          f"{row.step_gflop:.1f} GFLOP in {row.step_seconds:.3f} s), peak memory {row.peak_memory_gb:.2f} GB")
     eager = " (dreams are not compiled)" if row.compile else ""
-    tqdm.write(f"{row.preset}: a new frame{eager} {frames}; x{row.rollout_cached_speedup:.1f} at 16, "
-               f"frame 16 / frame 2 {row.frame16_over_frame2:.2f}")
+    print(f"{row.preset}: a new frame{eager} {frames}; x{row.rollout_cached_speedup:.1f} at 16, "
+          f"frame 16 / frame 2 {row.frame16_over_frame2:.2f}")
     if "plans_per_second" in row:
         together = 1 / row.plans_per_second
-        tqdm.write(f"{row.preset}: a plan of {samples} candidates x horizon 10, 3 denoising steps: "
-                   f"{together:.2f} s together, {together * row.plan_shared_speedup:.2f} s one by one: "
-                   f"x{row.plan_shared_speedup:.1f}")
+        print(f"{row.preset}: a plan of {samples} candidates x horizon 10, 3 denoising steps: "
+              f"{together:.2f} s together, {together * row.plan_shared_speedup:.2f} s one by one: "
+              f"x{row.plan_shared_speedup:.1f}")
 
 
 def parse_args(argv):
@@ -226,20 +218,15 @@ def main(argv):
     args = parse_args(argv)
     process = Process.here(precision=args.precision)
     dtype = torch.bfloat16 if process.precision == "bf16" else torch.float32
-    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if process.cuda:
-        name = torch.cuda.get_device_name()
-    bar = tqdm(total=1 + 3 * len(args.preset), dynamic_ncols=True, disable=None, leave=False)
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     rate = matmul_rate(process.device, dtype)
-    bar.update()
-    tqdm.write(f"device {name}; torch {torch.__version__}; "
-               f"{process.precision} matrix product {rate / 1e9:.0f} GFLOP/s")
-    machine = {"device": name, "torch": torch.__version__, "precision": process.precision,
-               "matmul_gflops": rate / 1e9}
+    machine = {"device": torch.cuda.get_device_name() if process.cuda else cpu, "torch": torch.__version__,
+               "precision": process.precision, "matmul_gflops": rate / 1e9}
+    print("device {device}; torch {torch}; {precision} matrix product {matmul_gflops:.0f} GFLOP/s"
+          .format(**machine), flush=True)
     for preset in args.preset:
-        numbers = machine | measure(preset, args, process, rate, bar)
+        numbers = machine | measure(preset, args, process, rate)
         say(numbers, args.samples)
-    bar.close()
     if args.json:
         with whole(args.json) as part, open(part, "w") as f:
             json.dump(numbers, f, indent=1)

@@ -1,16 +1,14 @@
-"""A run's state on disk: its checkpoints, the World that one holds or that settings ask for, latents of
-clips.
+"""A run's state on disk: checkpoints, the World of one or of settings, latents of clips.
 
 What is wrong with something that the user named is a `UserError`, one line.
 """
 
-import contextlib
 import glob
 import hashlib
 import os
 import sys
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
@@ -25,7 +23,7 @@ from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
 def load_checkpoint(path):
     """What `train.py` saved, from a run's folder or a checkpoint file, on the CPU.
 
-    Raises UserError: nothing there, damaged, or not a checkpoint of ours.
+    Raises UserError: nothing there, damaged, not a checkpoint of ours, or another version's.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
@@ -33,33 +31,32 @@ def load_checkpoint(path):
     try:
         # torch.load does not look at the checksums; of a node's processes one reads them, for all
         damaged = zipfile.ZipFile(path).testzip() if speaks() else None
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, "cpu", mmap=True, weights_only=True)
-        missing = {"world", "lam", "dit", "config", "step"} - state.keys()
-        if not missing:
-            missing = ({"data", "size", "eval_frames", "seed"} - state["config"].keys()
-                       or mistyped(state["config"]))
+        missing = ({"world", "lam", "dit", "config", "step"} - state.keys()
+                   or {"data", "size", "eval_frames", "seed"} - state["config"].keys()
+                   or mistyped(state["config"]))
+        if missing:
+            raise ValueError(f"without {min(missing)}")
+        for kind, part in ((LAMConfig, "lam"), (DiTConfig, "dit"), (FlowConfig, "flow")):
+            kind(**state["world"][part])        # another version's has other fields
     except Exception as error:                  # whatever a broken file makes the readers raise
-        raise UserError(f"{path}: not a whole checkpoint of train.py ({first_line(error)})") from None
-    if damaged or missing:
-        reason = f"checksum of {damaged}" if damaged else f"without {min(missing)}"
-        raise UserError(f"{path}: not a whole checkpoint of train.py ({reason})")
+        raise UserError(f"{path}: not a whole checkpoint of train.py, or another version's "
+                        f"({first_line(error)})") from None
     return state
 
 
 def checkpoints(out):
-    """Checkpoint files of a run, newest first."""
-    older = sorted(glob.glob(os.path.join(glob.escape(out), "ckpt-*.pt")), reverse=True)
-    newest = os.path.join(out, "ckpt.pt")
-    return [newest] + older if os.path.exists(newest) else older
+    """Checkpoint files of a run, newest first: the dot of ckpt.pt sorts after ckpt-STEP.pt's hyphen."""
+    return sorted(glob.glob(os.path.join(glob.escape(out), "ckpt[.-]*pt")), reverse=True)
 
 
 def write(state, path):
-    """torch.save. Where it fails nothing half-written stays, and OSError names the file: torch does not."""
+    """torch.save. Where it fails OSError names the file, as torch does not."""
     try:
         torch.save(state, path)
     except RuntimeError:
-        with contextlib.suppress(OSError):
-            os.remove(path)
         raise OSError(f"{path}: cannot be written; is the disk full?") from None
 
 
@@ -96,27 +93,20 @@ def check_past(cfg, state):
             left -= min(row.steps, left)
         return ", ".join(told)
 
-    known = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-    was, now = taken(Config(**known)), taken(cfg)
+    was, now = taken(Config(**state["config"])), taken(cfg)
     if was != now:
         raise UserError(f"--resume {cfg.resume}: its steps were {was}; by these lengths they would be {now}")
 
 
-def lam_config(fields):
-    """LAMConfig from a checkpoint's dict. Earlier versions had two more fields, which `odd` decides now."""
-    fields = dict(fields)
-    pairs, difference = fields.pop("pairs", fields["odd"]), fields.pop("difference", False)
-    if pairs != fields["odd"] or difference:
-        raise UserError("its LAM was trained with --pairs or --difference, which are gone; "
-                        "use the version that trained it")
-    return LAMConfig(**fields)
-
-
 def restore(state, vae_weights=None):
-    """World from a checkpoint's content. vae_weights: where Open-Sora's VAE lies now, if it has moved."""
+    """World from a checkpoint's content. vae_weights: where its VAE lies now, or None, "none"."""
     config = state["world"]
-    vae = PixelVAE() if config["vae"] == "none" else open_vae(vae_weights or config["vae"])
-    lam, dit = LAM(lam_config(config["lam"])), DiT(DiTConfig(**config["dit"]))
+    path = config["vae"] if vae_weights in (None, "none") else vae_weights
+    try:
+        vae = PixelVAE() if config["vae"] == "none" else load_opensora_vae(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(error) from None
+    lam, dit = LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"]))
     world = World(lam, dit, vae, FlowConfig(**config["flow"]))
     world.lam.load_state_dict(state["lam"])
     world.dit.load_state_dict(state["dit"])
@@ -130,13 +120,6 @@ def restore(state, vae_weights=None):
 def load_world(path, device="cpu", vae_weights=None):
     """Trained World, in eval mode, from a run's folder or a checkpoint file; raises as `load_checkpoint`."""
     return restore(load_checkpoint(path), vae_weights).to(device).eval()
-
-
-def open_vae(path):
-    try:
-        return load_opensora_vae(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(error) from None
 
 
 def load_generator(path, **action):
@@ -168,14 +151,12 @@ def build_lam(cfg):
         lam.quantize = cfg.vq_start == 0
         return lam
     trained = load_checkpoint(cfg.init_lam)
-    lam_cfg, weights = lam_config(trained["world"]["lam"]), trained["lam"]
-    if cfg.mode == "two-stage" and not cfg.lam_steps:
-        fdm_depth = lam_cfg.fdm_depth
-    lam = LAM(replace(lam_cfg, fdm_depth=fdm_depth))
-    if fdm_depth == 0 or cfg.lam_steps:                         # no FDM, or a fresh one
-        fdm = {name: w for name, w in lam.state_dict().items() if name.startswith("fdm.")}
-        weights = fdm | {name: w for name, w in weights.items() if not name.startswith("fdm.")}
-    lam.load_state_dict(weights)
+    lam_cfg = LAMConfig(**trained["world"]["lam"])
+    comes = cfg.mode == "two-stage" and not cfg.lam_steps       # its FDM; else none, or a fresh one
+    lam = LAM(lam_cfg if comes else replace(lam_cfg, fdm_depth=fdm_depth))
+    fresh = {name: w for name, w in lam.state_dict().items() if name.startswith("fdm.")}
+    weights = {name: w for name, w in trained["lam"].items() if comes or not name.startswith("fdm.")}
+    lam.load_state_dict(fresh | weights)
     lam.quantize = trained["quantize"]
     return lam
 
@@ -191,7 +172,7 @@ def build(cfg, absent=()):
     """
     try:
         if cfg.init != "none":
-            world = restore(load_checkpoint(cfg.init), None if cfg.vae_weights == "none" else cfg.vae_weights)
+            world = restore(load_checkpoint(cfg.init), cfg.vae_weights)
             world.adapter = None
         else:
             world = build_parts(cfg, absent)
@@ -213,7 +194,7 @@ def build_parts(cfg, absent):
     if cfg.vae_weights == "none":
         vae = PixelVAE()
     else:
-        vae = OpenSoraVAE() if "vae_weights" in absent else open_vae(cfg.vae_weights)
+        vae = OpenSoraVAE() if "vae_weights" in absent else load_opensora_vae(cfg.vae_weights)
     action = dict(action_dim=vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim,
                   action_scale=lam.cfg.latent_scale, action_std=cfg.action_std)     # of DiTConfig
     torch.manual_seed(cfg.seed)
@@ -238,16 +219,15 @@ class LatentCache:
 
     def encode(self, clips, video):
         """uint8 clips (b, t, h, w, 3) and the same as video (b, 3, t, h, w) -> latents (b, c, l, h, w)"""
-        device = video.device.type
-        bf16 = torch.is_autocast_enabled(device)
-        precision = torch.get_autocast_dtype(device) if bf16 else torch.float32
+        precision = torch.bfloat16 if torch.is_autocast_enabled(video.device.type) else torch.float32
         files = [self.file(clip, precision) for clip in clips]
         new = [i for i, file in enumerate(files) if not os.path.exists(file)]
         if new:
             for i, latent in zip(new, self.vae.encode(video[new]).cpu()):
-                part = f"{files[i]}.{os.getpid()}"              # ranks may write the same file at once
-                write(latent.clone(), part)
-                os.replace(part, files[i])
+                own = f"{files[i]}.{os.getpid()}"      # ranks may write the same file at once
+                with whole(own) as part:
+                    write(latent.clone(), part)
+                os.replace(own, files[i])
         return torch.stack([torch.load(file, weights_only=True) for file in files]).to(video.device)
 
     def file(self, clip, precision):

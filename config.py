@@ -16,11 +16,10 @@ import torch
 
 from data import TOY, Parser, misfit
 
-
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def setting(default, help, least=0, most=1e9, choices=None, size=None, changes=False):
+def setting(default, help, least=0, most=1e9, choices=None, size="", changes=False):
     """A field of `Config`: a number with least <= value <= most, or a text of some choices.
 
     size: the field of LAMConfig, DiTConfig or FlowConfig that it is. changes: a resumed run may change it.
@@ -136,25 +135,20 @@ PRESETS = {
 
 ADAPT_BATCH = 16                # the paper's (appendix C.2)
 
-# settings of earlier versions, and the value with which a run of theirs can still be resumed (None: any)
-GONE = {"pairs": None, "difference": False, "fdm_depth": None, "lam_heads": None, "action_depth": None,
-        "clip": 1.0, "eval_transitions": None}
-
 
 def sizes(cfg, part):
     """The settings that are fields of a part's own config: part "lam", "dit" or "flow" -> {field: value}"""
-    named = {f.metadata["size"]: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["size"]}
-    return {size.split(".")[1]: value for size, value in named.items() if size.split(".")[0] == part}
+    own = [f for f in fields(cfg) if f.metadata["size"].startswith(part + ".")]
+    return {f.metadata["size"].removeprefix(part + "."): getattr(cfg, f.name) for f in own}
 
 
 def adopt(cfg, world):
     """Settings with the sizes of a world's LAM and DiT, which --init, --init_lam and --dit_weights bring."""
-    parts = {"lam": world.lam.cfg, "dit": world.dit.cfg}
     brought = {}
     for f in fields(cfg):
-        part, _, name = (f.metadata["size"] or "").partition(".")
-        if part in parts and name != "action_std":              # of a start that is over
-            brought[f.name] = getattr(parts[part], name)
+        part, _, name = f.metadata["size"].partition(".")
+        if part in ("lam", "dit") and name != "action_std":     # of a start that is over
+            brought[f.name] = getattr(getattr(world, part).cfg, name)
     return replace(cfg, **brought)
 
 
@@ -300,11 +294,10 @@ def parse(argv, description=None):
 
 def restarted(out):
     """Whether torchrun has restarted this process, on one node, after a checkpoint of the same launch."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return False
-    if not glob.glob(os.path.join(glob.escape(out), "ckpt*.pt")):
-        return False
-    return read_settings(out).get("torchrun") == os.getppid()
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    saved = glob.glob(os.path.join(glob.escape(out), "ckpt*.pt"))
+    return again and alone and saved and read_settings(out).get("torchrun") == os.getppid()
 
 
 def read_settings(run):
@@ -327,16 +320,11 @@ def resumed(parser, given):
     """The settings of the run to go on with, unless what was given contradicts them."""
     run = given["resume"]
     base = read_settings(run)
-    gone = {name: base.pop(name) for name in GONE if name in base}
     try:
         base.pop("torchrun")                    # of which launch it was
         cfg = Config(**base)
     except (KeyError, TypeError):
         parser.error(f"--resume {run}: not the folder of a run, or of another version, or damaged")
-    for name, value in gone.items():
-        if GONE[name] is not None and value != GONE[name]:
-            parser.error(f"--resume {run}: was started with --{name} {value}, which is gone; "
-                         "go on with the version that started it")
     for f in fields(Config):
         if f.name in given and not f.metadata["changes"] and given[f.name] != getattr(cfg, f.name):
             parser.error(f"--{f.name} {given[f.name]}: a run is resumed with its own settings, here "

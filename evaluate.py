@@ -15,20 +15,20 @@ import sys
 import tempfile
 from argparse import Namespace
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import toy
-from checkpoint import load_checkpoint, restore
+from checkpoint import load_checkpoint, load_world, restore
 from config import ADAPT_BATCH, PRECISIONS, Config, Process
 from data import TOY, Parser, clips, number, parse_source, program, sources, to_video
 from flow import Draw, World
 from formats import UserError, whole
 from judge import infer, loss_by_time, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
-from run import connect, disconnect, wait_for_all
+from run import connected, of_first
 
 
 def run_folder(ckpt):
@@ -55,8 +55,10 @@ def cell(values):
 
 
 def load_results(out):
-    """What out/results.json holds, as `save_results` writes it. Raises UserError where it does not."""
+    """What `save_results` wrote to out/results.json, if anything. Raises UserError for other content."""
     file = os.path.join(out, "results.json")
+    if not os.path.exists(file):
+        return {"step": None, "tables": {}, "protocol": {}}
     try:
         with open(file) as f:
             results = {"step": None, "protocol": {}} | json.load(f)
@@ -73,8 +75,7 @@ def open_results(out):
     """Make the folder of results.json and samples/. What would fail after an hour of measuring fails here."""
     os.makedirs(os.path.join(out, "samples"), exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
-    if os.path.exists(os.path.join(out, "results.json")):
-        load_results(out)
+    load_results(out)
 
 
 def save_results(out, ckpt, step, tables, protocol, more={}):
@@ -82,28 +83,25 @@ def save_results(out, ckpt, step, tables, protocol, more={}):
 
     Other tasks of the same step stay there, and other rows that were measured by the same protocol.
     """
-    file = os.path.join(out, "results.json")
-    results = {"ckpt": ckpt, "step": step, "tables": {}, "protocol": {}}
-    if os.path.exists(file):
-        old = load_results(out)
-        if old["step"] == step:
-            results = old
+    results = load_results(out)
+    if results["step"] != step:
+        results = {"tables": {}, "protocol": {}}
     protocol = json.loads(json.dumps(protocol))                 # as it is read back: tuples are lists
     for task, rows in tables.items():
         alike = results["protocol"].get(task) == protocol
         results["tables"][task] = (results["tables"].get(task, {}) if alike else {}) | rows
         results["protocol"][task] = protocol
-    with whole(file) as part, open(part, "w") as f:
-        json.dump(results | more, f, indent=1)
+    with whole(os.path.join(out, "results.json")) as part, open(part, "w") as f:
+        json.dump({"ckpt": ckpt, "step": step} | results | more, f, indent=1)
 
 
 def read_results(names):
     """{(task, row, column): [values]} of an evaluated run; of several, A,B,..., a value is a run's mean."""
     runs = []
     for name in names.split(","):
-        if not os.path.isfile(os.path.join(name, "results.json")):
-            raise UserError(f"--compare {name}: has no results.json; run --ckpt {name} first")
         tables = load_results(name)["tables"]
+        if not tables:
+            raise UserError(f"--compare {name}: has no results.json; run --ckpt {name} first")
         runs.append({(task, row, column): values for task, rows in tables.items()
                      for row, cells in rows.items() for column, values in cells.items()})
     if len(runs) == 1:
@@ -153,10 +151,8 @@ class Case:
         """
         world, source = self.world, self.args.adapt_data
         if not world.adapter:
-            folder = [adapted(self.args, self.config, self.step) if self.process.master else None]
-            if self.process.ranks > 1:
-                dist.broadcast_object_list(folder)
-            world = restore(load_checkpoint(folder[0]), self.args.vae_weights).to(self.process.device).eval()
+            folder = of_first(self.process, lambda: adapted(self.args, self.config, self.step))
+            world = load_world(folder, self.process.device, self.args.vae_weights)
         data = self.clips([source], "heldout")
         dims = data[[0]]["actions"].shape[-1] if data.labelled else 0
         if dims != world.adapter.action_dim:
@@ -283,11 +279,9 @@ def adapted(args, config, step):
     It lies in the folder of --ckpt, so that it is not taken for that of another run or another step.
     """
     target = os.path.join(run_folder(args.ckpt), f"adapted-{label(args.adapt_data)}-{step}")
-    log = os.path.join(target, "metrics.jsonl")
-    if os.path.exists(log):
-        with open(log) as f:
-            if '"event": "result"' in f.read():
-                return target
+    log = Path(target, "metrics.jsonl")
+    if log.exists() and '"event": "result"' in log.read_text():
+        return target
     print(f"adapts {args.ckpt} to {args.adapt_data}: in {target}", flush=True)
     if not os.path.exists(os.path.join(target, "ckpt.pt")):
         # the run's settings, but for those that an adaptation has of its own, and that an older run had
@@ -307,8 +301,8 @@ def adapted(args, config, step):
     done = subprocess.run([sys.executable, script, f"--resume={target}"], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True, env=alone)
     if done.returncode:
-        complaint = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise UserError(f"adaptation failed: {complaint[-1]}")
+        complaint = done.stderr.strip() or f"status {done.returncode}"
+        raise UserError(f"adaptation failed: {complaint.splitlines()[-1]}")
     return target
 
 
@@ -361,11 +355,8 @@ def main(argv):
     if args.compare:
         return compare(*args.compare)
     process = Process.here(precision=args.precision)
-    connect(process, hours=24)                                  # the first adapts and measures alone
-    try:
+    with connected(process, hours=24):              # the first adapts and measures alone
         evaluate(args, process)
-    finally:
-        disconnect()
 
 
 def evaluate(args, process):
@@ -393,7 +384,6 @@ def evaluate(args, process):
             if column in case.why and set(tasks) & set(SHARED):
                 print(f"{column}: not computed; {case.why[column]}")
         print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
-    wait_for_all()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -152,8 +153,7 @@ def markdown(rows, pairs):
 @functools.cache
 def measured(name):
     """{row: {column: [value of each seed]}} of assets/reproduce/NAME.json"""
-    with open(os.path.join(HERE, "assets", "reproduce", name + ".json")) as f:
-        return json.load(f)["rows"]
+    return json.loads(Path(HERE, "assets", "reproduce", name + ".json").read_text())["rows"]
 
 
 def values_of(what):
@@ -165,10 +165,6 @@ def values_of(what):
         raise ValueError(f"{what}: names nothing") from None
 
 
-def mean_of(what):
-    return shown(*values_of(what))
-
-
 def seeds_of(what):
     values, column = values_of(what)
     return ", ".join(number(x, column) for x in values[0])
@@ -177,8 +173,8 @@ def seeds_of(what):
 def link(what):
     """Link to the one line of a file of ours that holds a piece of text: `file | piece`"""
     file, piece = what.split(" | ")
-    with open(os.path.join(HERE, file)) as f:
-        lines = [i for i, line in enumerate(f, 1) if piece in line]
+    code = Path(HERE, file).read_text().split("\n")
+    lines = [i for i, line in enumerate(code, 1) if piece in line]
     if len(lines) != 1:
         raise ValueError(f"{what}: in {len(lines)} lines, must be in one")
     return f"[{file}, line {lines[0]}](../{file}#L{lines[0]})"
@@ -241,7 +237,8 @@ def verdicts(text):
     return "\n" + grid(lines)
 
 
-KINDS = {"mean": mean_of, "seeds": seeds_of, "link": link, "table": table, "verdicts": verdicts}
+KINDS = {"mean": lambda what: shown(*values_of(what)), "seeds": seeds_of, "link": link, "table": table,
+         "verdicts": verdicts}
 COMMENT = re.compile(f"<!-- ({'|'.join(KINDS)})" + r"(\s.*?\s)-->(?:(?!<!--).)*<!---->", re.S)
 
 
@@ -261,14 +258,12 @@ def filled(text):
 
 def main(argv):
     Parser(__doc__).parse_args(argv)
-    with open(RESULTS) as f:
-        text = f.read()
+    text = Path(RESULTS).read_text()
     try:
         new = filled(text)
     except (OSError, ValueError) as error:
         raise UserError(f"{os.path.relpath(RESULTS)}: {error}") from None
-    with open(RESULTS, "w") as f:
-        f.write(new)
+    Path(RESULTS).write_text(new)
     print(f"{os.path.relpath(RESULTS)}: {'as it was' if new == text else 'written anew'}")
 
 

@@ -20,7 +20,7 @@ from data import another, to_video
 from flow import Draw, sample, shift_time, time_ratio
 from formats import UserError, first_line, optional, whole
 from lam import resize
-from metrics import cka, codebook_metrics, full_precision, joint_codes, nmi, probe, psnr, ssim
+from metrics import cka, codebook_metrics, joint_codes, nmi, probe, psnr, ssim
 
 
 class Lpips:
@@ -40,7 +40,6 @@ class Lpips:
             warnings.simplefilter("ignore")                     # it calls torchvision in an older way
             self.net = package.LPIPS(net="alex", verbose=False).to(device)
 
-    @full_precision
     def __call__(self, a, b):
         """Videos (b, 3, t, h, w) in [-1, 1] -> (b,)"""
         a_frames, b_frames = (rearrange(v.float(), "b c t h w -> (b t) c h w") for v in (a, b))
@@ -56,7 +55,6 @@ class I3D:
         except Exception as error:                              # whatever a broken file makes torch raise
             raise UserError(f"--i3d {path}: cannot be read as TorchScript ({first_line(error)})") from None
 
-    @full_precision
     def __call__(self, video):
         """(b, 3, t, h, w) in [-1, 1], t >= 10, resized to 224 x 224 -> (b, 400)"""
         return self.net(resize(video.float(), 224), rescale=False, resize=False, return_features=True)
@@ -133,10 +131,11 @@ def probe_source(world, train, test, pairs, seed=0, shuffled=False):
         shuffled: also probe latent actions of other transitions, as `l1_shuffled`.
     """
     a, b = infer(world, train, pairs, seed), infer(world, test, pairs, seed)
-    out = probe(a["z"], a["actions"], b["z"], b["actions"], seed=seed)
-    if shuffled:
-        z = a["z"][torch.randperm(len(a["z"]), generator=torch.Generator().manual_seed(seed))]
-        out["l1_shuffled"] = probe(z, a["actions"], b["z"], b["actions"], seed=seed)["l1"]
+    with torch.autocast("cpu", enabled=False):                  # --precision is of the models
+        out = probe(a["z"], a["actions"], b["z"], b["actions"], seed=seed)
+        if shuffled:
+            z = a["z"][torch.randperm(len(a["z"]), generator=torch.Generator().manual_seed(seed))]
+            out["l1_shuffled"] = probe(z, a["actions"], b["z"], b["actions"], seed=seed)["l1"]
     if world.lam.quantize and "effects" in b and toy.EMBODIMENTS[test.source].matrix is None:
         out["nmi"] = nmi(joint_codes(b["indices"]), b["effects"])
     return out
@@ -217,9 +216,11 @@ def predict(world, dataset, n, variants=("inferred", "shuffled", "null", "copy")
             shown = [v.cpu() for v in [video, *made.values()][:3]]
         true = video[:, :, 1:]                                  # the first frame is given
         new = {variant: v[:, :, 1:] for variant, v in made.items()}
-        values = {variant: {k: f(v, true).cpu() for k, f in measures.items()} for variant, v in new.items()}
-        new["true"] = true
-        seen = {variant: {k: f(v).cpu() for k, f in features.items()} for variant, v in new.items()}
+        with torch.autocast(true.device.type, enabled=False):   # --precision is of the models
+            values = {variant: {k: f(v, true).cpu() for k, f in measures.items()}
+                      for variant, v in new.items()}
+            new["true"] = true
+            seen = {variant: {k: f(v).cpu() for k, f in features.items()} for variant, v in new.items()}
         parts[i] = values, seen
     if ranks > 1:
         everyone = [None] * ranks
@@ -303,9 +304,11 @@ def align(world, batch, known=None):
 
 
 DREAMED = {"psnr": "inferred", "psnr_shuffled": "shuffled", "psnr_null": "null", "psnr_copy": "copy"}
+# what a result always has; None where it cannot be measured
+RESULTS = ("utilization", "max_usage", "entropy", *DREAMED, "controllability", "nmi", "probe_r2", "probe_l1")
 
 
-def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, **sampling):
+def report(world, dataset, labelled, clips, transitions, pairs):
     """Everything that a run measures: numbers (None where the data allow none), and the videos of `predict`.
 
     Args:
@@ -313,29 +316,20 @@ def report(world, dataset, labelled=(), clips=64, transitions=2048, pairs=4096, 
         clips: how many are dreamed; 0 (a LAM without a generator): none.
         transitions, pairs: how many of the codebook, and of the probe a source.
     """
-    codes = dict.fromkeys(("utilization", "max_usage", "entropy"))
+    out, shown = dict.fromkeys(RESULTS), None
     if world.lam.quantize:
         indices = infer(world, dataset, transitions)["indices"]     # (n, k)
-        codes = codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
-    dreamed, shown = dict.fromkeys((*DREAMED, "controllability")), None
+        out |= codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
     if clips:
         variants = DREAMED | ({"psnr_adapted": "adapted"} if world.adapter and labelled else {})
-        values, _, shown = predict(world, dataset, clips, variants.values(), **sampling)
-        dreamed |= {k: values[variant]["psnr"].mean().item() for k, variant in variants.items()}
-        dreamed |= loss_by_time(world, dataset, clips)
-        dreamed["controllability"] = dreamed["psnr"] - dreamed["psnr_shuffled"]
-    return codes | dreamed | probe_sources(world, labelled, pairs), shown
-
-
-def probe_sources(world, labelled, pairs):
-    """`probe_source` on each source with true actions, and the means over them."""
-    out, rows = {"nmi": None}, []
-    for name, train, test in labelled:
-        row = probe_source(world, train, test, pairs)
-        if "nmi" in row:
-            out["nmi"] = row.pop("nmi")
+        values, _, shown = predict(world, dataset, clips, variants.values())
+        out |= {k: values[variant]["psnr"].mean().item() for k, variant in variants.items()}
+        out |= loss_by_time(world, dataset, clips)
+        out["controllability"] = out["psnr"] - out["psnr_shuffled"]
+    rows = {name: probe_source(world, train, test, pairs) for name, train, test in labelled}
+    for name, row in rows.items():
+        out["nmi"] = row.pop("nmi", out["nmi"])
         out |= {f"probe_{k}/{name}": v for k, v in row.items()}
-        rows.append(row)
-    for k in ("r2", "l1"):
-        out[f"probe_{k}"] = float(np.mean([row[k] for row in rows])) if rows else None
-    return out
+    for k in ("r2", "l1") if rows else ():
+        out[f"probe_{k}"] = float(np.mean([row[k] for row in rows.values()]))
+    return out, shown

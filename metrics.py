@@ -15,20 +15,12 @@ from formats import optional
 PSNR_CAP = 60.0     # dB, about the rounding error of 8-bit pixels: equal frames do not count as infinite
 
 
-def full_precision(f):
-    """A measure takes float32, whatever autocast the models run under: they are what --precision is of."""
-    for device in ("cpu", "cuda", "mps"):
-        f = torch.autocast(device, enabled=False)(f)
-    return f
-
-
 def psnr(a, b):
     """Peak signal-to-noise ratio of videos (b, c, t, h, w) in [-1, 1] (range 2), mean over frames: (b,) dB"""
     mse = (a - b).float().pow(2).mean((1, 3, 4))                                # (b, t)
     return (10 * torch.log10(4 / mse.clamp(min=1e-12))).clamp(max=PSNR_CAP).mean(1)
 
 
-@full_precision
 def ssim(a, b):
     """Structural similarity of videos (b, c, t, h, w) in [-1, 1], mean over frames: (b,), at most 1
 
@@ -123,7 +115,6 @@ def nmi(codes, effects):
     return ((information(codes, effects) - information(permuted, effects)) / entropy).item()
 
 
-@full_precision
 def probe(z, actions, z_test, actions_test, steps=1000, batch=512, seed=0):
     """Linear probe from latent to real actions (Table 1): one layer, L1 loss, 1000 steps of 512.
 

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -78,10 +79,7 @@ ADAPTED = {"LAM30K+WM30K": "two-stage-adapted@", "WARM8K+E2E30K": "joint-adapted
 
 def read(file):
     """A file's text; none where it is not there"""
-    if not os.path.exists(file):
-        return ""
-    with open(file) as f:
-        return f.read()
+    return Path(file).read_text() if os.path.exists(file) else ""
 
 
 class Lab:
@@ -89,9 +87,7 @@ class Lab:
 
     def __init__(self, preset, variant, seeds, kilo=None):
         self.preset, self.variant, self.seeds, self.kilo = preset, variant, seeds, kilo or KILO[preset]
-        self.name = f"{preset}-{variant}"
-        if self.kilo != KILO[preset]:
-            self.name += f"-kilo{kilo}"
+        self.name = f"{preset}-{variant}" + (f"-kilo{kilo}" if self.kilo != KILO[preset] else "")
         self.commands = []              # that a target takes, as printed
 
     def folder(self, run, seed):
@@ -152,8 +148,7 @@ class Lab:
         elif os.path.exists(metrics):
             os.replace(metrics, metrics + ".old")       # of another recipe; train.py moves its folder aside
         os.makedirs(os.path.dirname(out), exist_ok=True)
-        with open(note, "w") as f:
-            f.write(recipe)
+        Path(note).write_text(recipe)
         self.execute(command, flags)
         kept = {f"ckpt-{self.steps(k):08d}.pt" for k in KEPT}
         for file in os.listdir(out):
@@ -172,8 +167,7 @@ class Lab:
         recipe, note = f"{command}\n{trained}", out + ".txt"
         if read(note) != recipe:
             self.execute(command, flags)
-            with open(note, "w") as f:                      # once it is whole
-                f.write(recipe)
+            Path(note).write_text(recipe)                   # once it is whole
         if task == "transfer":
             return os.path.join(out, "samples", "transfer.gif")
         return json.loads(read(os.path.join(out, "results.json")))["tables"][task.split("-")[0]]
@@ -181,8 +175,8 @@ class Lab:
     def log(self, run, seed):
         """Lines of a run's log, as dicts; the run is trained unless that is done"""
         self.train(run, seed)
-        with open(os.path.join(self.folder(run, seed), "metrics.jsonl")) as f:
-            return [json.loads(line) for line in f]
+        log = read(os.path.join(self.folder(run, seed), "metrics.jsonl"))
+        return [json.loads(line) for line in log.splitlines()]
 
     def values(self, task, ckpt, row, columns):
         """{column: [value of each seed]} of a row of a measurement, without the columns that it has not"""

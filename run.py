@@ -21,18 +21,17 @@ from tqdm import tqdm
 from checkpoint import newest, save
 from config import phases
 from formats import UserError, speaks, whole
-from judge import align, clips_to_align, loss_by_time, report, save_gif
+from judge import RESULTS, align, clips_to_align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
-# what a result line always has; null where it cannot be measured
-RESULTS = ("utilization", "entropy", "max_usage", "psnr", "psnr_shuffled", "psnr_null", "psnr_copy",
-           "probe_r2", "probe_l1", "nmi")
 
 
-def connect(process, hours=2):
-    """Let the ranks that torchrun started find each other. hours: how long they wait for the slowest."""
+@contextmanager
+def connected(process, hours=2):
+    """The ranks that torchrun started find each other. hours: to wait for the slowest."""
     if process.ranks == 1:
+        yield
         return
     if process.cuda:
         torch.cuda.set_device(process.device)
@@ -45,6 +44,12 @@ def connect(process, hours=2):
     backend = "cpu:gloo,cuda:nccl" if process.cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.ranks,
                             timeout=timedelta(hours=hours))
+    try:
+        yield
+        wait_for_all()
+    finally:
+        gc.collect()            # cycles of DDP hold the group, whose threads must not outlive it
+        dist.destroy_process_group()
 
 
 def wait_for_all():
@@ -53,27 +58,19 @@ def wait_for_all():
         dist.barrier()
 
 
-def disconnect():
-    if dist.is_initialized():
-        gc.collect()                    # cycles of DDP hold the group, whose threads must not outlive it
-        dist.destroy_process_group()
-
-
-def of_node(process, ask):
-    """What ask() returns on the first rank of this rank's node; where it raises UserError, all ranks do."""
-    if process.ranks == 1:
-        return ask()
-    answer, answers = None, [None] * process.ranks
-    if process.local == 0:
+def of_first(process, ask):
+    """What ask() returns on the first rank, for all ranks; where it raises UserError, all do."""
+    answer = [None]
+    if process.master:
         try:
-            answer = ask()
+            answer = [ask()]
         except UserError as error:
-            answer = error
-    dist.all_gather_object(answers, answer)
-    for answer in answers:
-        if isinstance(answer, UserError):
-            raise answer
-    return answers[process.rank - process.local]
+            answer = [error]
+    if process.ranks > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
 
 
 def gather(x):
@@ -88,9 +85,8 @@ def gather(x):
 class Stops:
     """Reasons of one rank to stop that all must follow at the same step: SIGTERM, a number not finite."""
 
-    def __init__(self, process):
-        self.process, self.terminated = process, False
-        self.seen = torch.zeros((), device=process.device)
+    def __init__(self, device):
+        self.terminated, self.seen = False, torch.tensor(False, device=device)
         signal.signal(signal.SIGTERM, self.terminate)
 
     def terminate(self, *_):
@@ -98,20 +94,15 @@ class Stops:
 
     def asked(self):
         """Whether SIGTERM has come to any rank. Ranks agree on it on their CPUs: their GPUs go on."""
-        return self.any(torch.tensor(float(self.terminated)))
+        return bool(gather(torch.tensor(self.terminated)).any())
 
     def look(self, number):
         """Remember, without waiting for the device, whether a scalar is finite."""
-        self.seen = torch.maximum(self.seen, (~number.isfinite()).float())
+        self.seen = self.seen | ~number.isfinite()
 
     def not_finite(self):
         """Whether any rank has seen a number that is not finite. Each waits for its device."""
-        return self.any(self.seen)
-
-    def any(self, flag):
-        if self.process.ranks > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return bool(gather(self.seen).any())
 
 
 def run_folder(cfg):
@@ -152,12 +143,9 @@ class Run:
         self.cfg, self.process, self.step, self.lock = cfg, process, step, held
         self.out = run_folder(cfg)
         self.log = os.path.join(self.out, "metrics.jsonl")
-        self.path = os.path.join(self.out, "ckpt.pt")
-        self.saved = step if file == self.path else None        # the step of ckpt.pt, if it is whole
+        # the step of ckpt.pt, if it is whole
+        self.saved = step if file == os.path.join(self.out, "ckpt.pt") else None
         self.total = sum(phase.steps for phase in phases(cfg))
-        steps = gather(torch.tensor(step, device=process.device)).tolist()
-        if len(set(steps)) > 1:
-            raise UserError(f"--resume {cfg.resume}: ranks found checkpoints of different steps, {steps}")
         if process.master:
             self.open_folder()
             if file:
@@ -176,8 +164,7 @@ class Run:
                 number += 1
             os.rename(self.out, f"{self.out}.{number}")
             print(f"  {self.out} exists: moved to {self.out}.{number}")
-            if self.lock:
-                self.lock.close()               # that run may go on
+            self.lock.close()                   # that run may go on
         os.makedirs(os.path.join(self.out, "samples"), exist_ok=True)
         if self.cfg.resume == "none":
             self.lock = lock(self.out)
@@ -210,17 +197,11 @@ class Run:
             print(f"  {self.log}: {damaged} damaged lines are left out, and kept in {self.log}.damaged")
         return kept
 
-    def check_folder(self):
-        """UserError if the folder was renamed and another run made one of its name."""
-        file = os.path.join(self.out, ".lock")
-        if os.path.exists(file) and not os.path.samestat(os.stat(file), os.fstat(self.lock.fileno())):
-            raise UserError(f"{self.out}: is the folder of another run by now; this one stops")
-
-    def record(self, event, **numbers):
+    def record(self, event, phase, **numbers):
         """One object in metrics.jsonl, one line on the terminal."""
         if not self.process.master:
             return
-        self.check_folder()
+        numbers = {"phase": phase.name, "step": self.step} | numbers
         with open(self.log, "a") as f:
             f.write(json.dumps({"event": event, **finite(numbers)}) + "\n")
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items() if "/" not in k}
@@ -233,10 +214,8 @@ class Run:
         return {"steps_per_second": round(done / seconds, 2), "minutes_left": round(left / 60, 1)}
 
     def save(self, phase, world, optimizer):
-        """A checkpoint of this step."""
         if not self.process.master:
             return
-        self.check_folder()
         adapter = world.adapter.state_dict() if world.adapter else None
         save(self.out, self.cfg.keep, self.saved, step=self.step, phase=phase.name, world=world.config(),
              lam=world.lam.state_dict(), dit=world.dit.state_dict(), adapter=adapter,
@@ -255,6 +234,7 @@ class Run:
             print(f"train.py: {why} at step {self.step}; {kept}", file=sys.stderr)
         sys.exit(status)
 
+
 def finite(numbers):
     """What JSON can say of numbers {name: value}: null of those that are infinite or none"""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
@@ -270,9 +250,6 @@ class Watch:
 
     For each log line the means of the last steps, the codebook, an alarm when it collapses, and how LAM and
     generator fit each other; now and then everything else, on held-out clips.
-
-    Args:
-        data: clips, `heldout` by source and those `labelled` with true actions.
     """
 
     def __init__(self, cfg, process, run, world, data):
@@ -291,10 +268,8 @@ class Watch:
 
     def add(self, found, norm):
         """found: what the losses of a step's parts returned"""
-        def mean(name):
-            return torch.stack([f[name] for f in found]).mean()
-
-        numbers = {name: mean(name) for name, v in found[0].items() if name != "indices" and v.dim() == 0}
+        scalars = [name for name, v in found[0].items() if name != "indices" and v.dim() == 0]
+        numbers = {name: torch.stack([f[name] for f in found]).mean() for name in scalars}
         indices = torch.cat([f["indices"] for f in found]) if self.phase.codes else None
         self.recent = self.recent[1 - WINDOW:] + [(numbers | {"norm": norm}, indices)]
         step = self.run.step
@@ -313,21 +288,14 @@ class Watch:
         if self.phase.codes and self.world.lam.quantize:
             indices = gather(torch.stack([indices for _, indices in self.recent])).flatten(0, -2)
             out |= codebook_metrics(indices, self.world.lam.cfg.num_codes)
-            if "lam" in self.phase.trains:
-                self.alarm(collapsed(indices), out["max_usage"])
+            if "lam" in self.phase.trains and collapsed(indices) != self.alarmed:
+                self.alarmed = not self.alarmed
+                message = ("the codebook has collapsed: nearly all transitions have the same codes"
+                           if self.alarmed else "the codebook has recovered")
+                self.run.record("alarm", self.phase, message=message, max_usage=out["max_usage"])
         if len(self.grads) == 2:                # of this step and the one before
             out["grad_cosine"] = F.cosine_similarity(*self.grads.values(), 0).item()
         return out | self.alignment()
-
-    def alarm(self, found, max_usage):
-        """One line when the codebook collapses, and one when it recovers."""
-        if found == self.alarmed:
-            return
-        self.alarmed = found
-        message = ("the codebook has collapsed: nearly all transitions have the same codes" if found
-                   else "the codebook has recovered")
-        self.run.record("alarm", phase=self.phase.name, step=self.run.step, message=message,
-                        max_usage=max_usage)
 
     def alignment(self):
         """How LAM and generator fit each other, on fixed held-out clips (`judge.align`)"""
@@ -338,8 +306,7 @@ class Watch:
 
     def evaluate(self, event, share=1):
         """Measure on held-out clips, and log it as `event`; `share` of the final numbers of clips."""
-        cfg, heldout = self.cfg, self.data.heldout[self.phase.data]
-        numbers, videos = dict.fromkeys(RESULTS), None
+        cfg, heldout, videos = self.cfg, self.data.heldout[self.phase.data], None
         with self.measuring():
             if self.phase.codes:
                 dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0
@@ -347,11 +314,10 @@ class Watch:
                 numbers, videos = report(self.world, heldout, self.data.labelled, dreamed,
                                          min(2048, transitions), transitions // share ** 2)
             else:
-                numbers |= loss_by_time(self.world, heldout, 256, False)
+                numbers = dict.fromkeys(RESULTS) | loss_by_time(self.world, heldout, 256, False)
         if videos:
             save_gif(os.path.join(self.run.out, "samples", f"{self.run.step:06d}.gif"), videos)
-        self.run.record(event, phase=self.phase.name, step=self.run.step, precision=self.process.precision,
-                        **numbers)
+        self.run.record(event, self.phase, precision=self.process.precision, **numbers)
 
     @contextmanager
     def measuring(self):
@@ -390,15 +356,13 @@ def memory(cfg, world, groups, phase, precision):
         saved.append((transitions * frame, lam.fdm_depth, 58))
     if "action" in phase.trains or "body" in phase.trains:
         saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase.trains else 51))
-    if cfg.activation_checkpointing:            # a block's input stays, and one block at a time
-        activations = sum(units * (4 * blocks + size) for units, blocks, size in saved)
-    else:
-        activations = sum(units * blocks * size for units, blocks, size in saved)
+    activations = 0
+    for units, blocks, size in saved:           # recomputed: the input stays, and one block at a time
+        activations += units * (4 * blocks + size if cfg.activation_checkpointing else blocks * size)
     return state / 1e9, activations * (1 if bf16 else 1.4) / 1e9
 
 
 def describe(cfg, process, world, groups, absent):
-    """Print what will train."""
     parts = ", ".join(f"{name} {count(parameters) / 1e6:.2f} M" for name, parameters in groups.items())
     share = process.ranks * cfg.accumulate
     print(f"{cfg.name}: {parts} parameters; batch {cfg.batch} = {process.ranks} x {cfg.accumulate} x "

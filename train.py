@@ -1,21 +1,19 @@
-"""Train a latent action world model: pre-train a generator, warm up, co-evolve; or in two stages; or adapt
-it.
+"""Train a latent action world model: pre-train a generator, warm up, co-evolve.
 
     python train.py                                                     # the toy world, on a laptop
     torchrun --nproc_per_node 8 train.py --mode joint --warmup 8000     # DDP
     python train.py --resume out/toy                                    # go on after a stop
 
-Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe). Who trains on what in
-    which phase is
-data: `phases` in config.py. Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones,
-    samples/*.gif.
+Or in two stages, or adapt it to real actions: who trains on what in which phase is data, `phases` in
+config.py. Output in out/NAME: config.json, metrics.jsonl, ckpt.pt and older ones, samples/*.gif.
+Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe).
 """
 
 import os
 import signal
 import warnings
+from argparse import Namespace
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,7 +29,7 @@ from data import clips, loader, parse_source, program, random_crop, sources, to_
 from flow import Draw
 from formats import UserError
 from lam import Adapter
-from run import (Run, Stops, Watch, connect, describe, disconnect, lock, of_node, run_folder, set_modes,
+from run import (Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
@@ -69,15 +67,9 @@ LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter
 # before the loop ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Data:
-    """Clips of a run, by the names of its phases' sources."""
-    train: dict
-    heldout: dict
-    labelled: list          # (name, training, held-out clips) where true actions are known: only to judge by
-
-
 def open_data(cfg):
+    """Clips to `train` on and `heldout` ones, by the names of the phases' sources; `labelled`, where true
+    actions are known: (name, training, held-out clips), only to judge by."""
     names = {phase.data for phase in phases(cfg)}
     train = {name: clips(name, cfg.size, cfg.frames, cfg.seed, "train") for name in names}
     heldout = {name: clips(name, cfg.size, cfg.eval_frames, cfg.seed, "heldout") for name in names}
@@ -86,7 +78,7 @@ def open_data(cfg):
         both = [clips([text], cfg.size, cfg.eval_frames, cfg.seed, split) for split in ("train", "heldout")]
         if both[0].labelled and both[1].labelled:
             labelled.append((parse_source(text)[0], *both))
-    return Data(train, heldout, labelled)
+    return Namespace(train=train, heldout=heldout, labelled=labelled)
 
 
 def new_adapter(cfg, world, data):
@@ -169,7 +161,7 @@ def begin(cfg, process, world, phase, groups, optimizer, fresh):
 
 
 def train(cfg, process, run, world, data, groups, optimizer, cache):
-    watch, stops, vq_at = Watch(cfg, process, run, world, data), Stops(process), quantize_at(cfg)
+    watch, stops, vq_at = Watch(cfg, process, run, world, data), Stops(process.device), quantize_at(cfg)
     end, trained = 0, ()
     for phase in phases(cfg):
         start, end = end, end + phase.steps
@@ -182,7 +174,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
         model = begin(cfg, process, world, phase, groups, optimizer, fresh)
         trained = phase.trains
         if run.step == start and phase.dreams:
-            run.record("align", phase=phase.name, step=run.step, **watch.alignment())
+            run.record("align", phase, **watch.alignment())
         clips_of_phase, (part, loss_of) = data.train[phase.data], LOSSES[phase.loss]
         cached = cache is not None and phase.crop == 1 and part == "world"      # every crop has other latents
         # clip i of a source is always the same, so a run that goes on sees what it would have seen
@@ -226,7 +218,7 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
             # log, save, evaluate; first the checkpoint, as an evaluation may take long
             if watch.logs_at(run.step):
                 numbers = watch.numbers()
-                run.record("train", phase=phase.name, step=run.step, **numbers, lr=lr, **run.speed())
+                run.record("train", phase, **numbers, lr=lr, **run.speed())
                 run.bar.set_postfix_str(f"{phase.name} loss {numbers['loss']:.4f}")
             if saves:
                 run.save(phase, world, optimizer)
@@ -239,17 +231,13 @@ def train(cfg, process, run, world, data, groups, optimizer, cache):
                 watch.evaluate("eval", share=2)
     if process.master:
         watch.evaluate("result")
-    wait_for_all()
 
 
 def main(argv):
     cfg = parse(argv, __doc__)
     process = Process.here(cfg.device, cfg.precision)
-    connect(process)
-    try:
+    with connected(process):
         prepare_and_train(cfg, process)
-    finally:
-        disconnect()
 
 
 def prepare_and_train(cfg, process):
@@ -264,28 +252,24 @@ def prepare_and_train(cfg, process):
     def enter():
         """Keep others out of the run's folder; the checkpoint to go on from, where there is one"""
         nonlocal state, held
-        if process.master and not cfg.dry_run:
+        if not cfg.dry_run:
             held = lock(run_folder(cfg))
         if cfg.resume == "none" or not checkpoints(cfg.resume):     # without any, a run starts over
             return None
         state, file = newest(cfg.resume)
         return file
 
-    file = of_node(process, enter)
+    file = of_first(process, enter)
     if file:
         state = state or load_checkpoint(file)
         check_past(cfg, state)
     warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
     with torch.device("meta" if cfg.dry_run else "cpu"):
-        moved = cfg.vae_weights if os.path.exists(cfg.vae_weights) else None
-        world = restore(state, moved) if state else build(cfg, absent)
+        world = restore(state, cfg.vae_weights) if state else build(cfg, absent)
     check(cfg, world)
     data = None if "data" in absent else open_data(cfg)
     if cfg.mode == "adapt" and data and not world.adapter:
         world.adapter = new_adapter(cfg, world, data)
-    cache = None
-    if cfg.latent_cache != "none" and not cfg.dry_run:
-        cache = LatentCache(world.vae, cfg.latent_cache)
     cfg = adopt(cfg, world)
     world.to("meta" if cfg.dry_run else process.device)
     groups = parameter_groups(world)
@@ -293,6 +277,7 @@ def prepare_and_train(cfg, process):
         describe(cfg, process, world, groups, absent)
     if cfg.dry_run:
         return
+    cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" else None
     run = Run(cfg, process, state["step"] if state else 0, file, held)
     optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=process.cuda or None)
