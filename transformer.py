@@ -18,6 +18,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROWS = 8192
 
 
+def on_amd():
+    """Whether this is an AMD processor with AVX-512"""
+    try:
+        with open("/proc/cpuinfo") as f:
+            vendor = f.read(200)
+    except OSError:
+        return False
+    return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+ON_AMD = on_amd()
+
+
+class Linear(nn.Linear):
+    """nn.Linear. On AMD's processors large float32 ones are computed as 1 x 1 convolutions.
+
+    A matrix product goes to MKL, which leaves AVX-512 to Intel's processors, a convolution to oneDNN, which
+    is twice as fast there (torch 2.13, Zen 5). torch sends batches of fewer than 16 images elsewhere.
+    """
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        if not (ON_AMD and x.device.type == "cpu" and x.dtype == torch.float32 and rows >= 256
+                and rows % 16 == 0 and not torch.is_autocast_enabled("cpu")):
+            return super().forward(x)
+        images = x.reshape(16, rows // 16, 1, self.in_features).permute(0, 3, 1, 2)
+        y = F.conv2d(images, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
 def rope(x, start=0):
     """Rotary position embedding, interleaved pairs, base 10000 (Su et al. 2021, arXiv 2104.09864).
 
@@ -27,9 +57,10 @@ def rope(x, start=0):
     place = torch.arange(start, start + t, device=x.device)
     frequency = 10000 ** (-torch.arange(0, e, 2, device=x.device) / e)
     angle = place[:, None] * frequency                                          # (t, e/2)
-    cos, sin = angle.cos(), angle.sin()
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # each (b, n, t, e/2)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+    # pairs as complex numbers turn ten times faster on a CPU than by their parts
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (b, n, t, e/2)
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def sincos(position, d):
@@ -77,10 +108,10 @@ class Attention(nn.Module):
     def __init__(self, d, heads, rope=False, causal=False):
         super().__init__()
         self.heads, self.rope, self.causal = heads, rope, causal
-        self.qkv = nn.Linear(d, 3 * d)
+        self.qkv = Linear(d, 3 * d)
         self.q_norm = nn.RMSNorm(d // heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(d // heads, eps=1e-6)
-        self.proj = nn.Linear(d, d)
+        self.proj = Linear(d, d)
 
     def forward(self, x, past=None):
         """x (b, s, d), past (k, v) as for `extend` or None -> (b, s, d), and (k, v) of past and x"""
@@ -108,8 +139,8 @@ class MLP(nn.Module):
 
     def __init__(self, d, ratio=4):
         super().__init__()
-        self.fc1 = nn.Linear(d, round(ratio * d))
-        self.fc2 = nn.Linear(round(ratio * d), d)
+        self.fc1 = Linear(d, round(ratio * d))
+        self.fc2 = Linear(round(ratio * d), d)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
