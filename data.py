@@ -87,6 +87,8 @@ class ToyClips(Dataset):
     quick = True                                                # to make: see `loader`
 
     def __init__(self, source, size, frames, seed=0, split="train"):
+        if size < 8:
+            raise UserError(f"--size {size}: toy robots and blocks need frames of 8 pixels or more")
         self.source, self.size, self.frames = source, size, frames
         self.shares = toy.MIXTURE if source == "robots" else {source: 1}
         self.names = list(self.shares)

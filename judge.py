@@ -117,6 +117,8 @@ def infer(world, dataset, at_least, part=0, batch=64):
     for i in range(part * n, (part + 1) * n, batch):
         data = dataset[range(i, min(i + batch, (part + 1) * n))]
         z, indices, _ = world.lam.encode(to_video(data["video"], device))
+        if not z.isfinite().all():
+            raise UserError("latent actions are not finite numbers: the run has diverged; try a lower --lr")
         found = {"z": z.flatten(2).float().cpu(), "indices": indices.cpu()}
         parts.append(found | {k: data[k] for k in ("actions", "effects") if k in data})
     return {k: torch.cat([found[k] for found in parts]).flatten(0, 1) for k in parts[0]}

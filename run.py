@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -221,7 +222,7 @@ class Run:
             return
         self.check_folder()
         with open(self.log, "a") as f:
-            f.write(json.dumps({"event": event, **numbers}) + "\n")
+            f.write(json.dumps({"event": event, **finite(numbers)}) + "\n")
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items() if "/" not in k}
         tqdm.write(f"{event}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
 
@@ -253,6 +254,11 @@ class Run:
         if speaks():
             print(f"train.py: {why} at step {self.step}; {kept}", file=sys.stderr)
         sys.exit(status)
+
+def finite(numbers):
+    """What JSON can say of numbers {name: value}: null of those that are infinite or none"""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
 
 def set_modes(world, phase):
     world.train()

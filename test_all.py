@@ -2176,6 +2176,7 @@ def test_peek_shows_twelve_clips_in_four_columns(shown):
     ("--peek folder.gif", "Is a directory"),
     ("--peek full.gif", "No space left"),
     ("--data cross:nan", "above 0"),
+    ("--data cross --size 7", "need frames of 8 pixels or more"),
 ])
 def test_bad_looks_at_data_get_one_line(flags, words, tmp_path, monkeypatch, refusal_of):
     monkeypatch.chdir(tmp_path)
@@ -3465,6 +3466,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert want in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert [k for k, v in state["dit"].items() if not v.isfinite().all()] == []
+
+
+def test_numbers_that_are_none_become_null_in_the_log():
+    assert running.finite({"a": float("nan"), "b": float("-inf"), "c": 0.5, "d": 3, "e": None}) == {
+        "a": None, "b": None, "c": 0.5, "d": 3, "e": None}
+
+
+def test_a_world_that_has_diverged_gets_one_line_when_it_is_judged():
+    world = small_world()
+    world.lam.idm.out.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="the run has diverged"):
+        judge.infer(world, ToyClips("cross", 8, 4), 8)
 
 
 def test_a_collapsed_codebook_raises_the_alarm_once_and_the_run_goes_on(tmp_path):
