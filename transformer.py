@@ -18,30 +18,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROWS = 8192
 
 
-def on_amd():
-    """Whether this is an AMD processor with AVX-512"""
+def without_mkl():
+    """Whether MKL, to which torch gives matrix products, would leave this processor's AVX-512 unused: AMD's"""
     try:
         with open("/proc/cpuinfo") as f:
-            vendor = f.read(200)
-    except OSError:
+            amd = "AuthenticAMD" in f.read(200)
+    except OSError:                                                             # another system than Linux
         return False
-    return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-ON_AMD = on_amd()
+CONVOLVE = without_mkl()
 
 
 class Linear(nn.Linear):
-    """nn.Linear. On AMD's processors large float32 ones are computed as 1 x 1 convolutions.
+    """nn.Linear; where MKL is slow, a large one in float32 is a convolution of 1 x 1 pixels.
 
-    A matrix product goes to MKL, which leaves AVX-512 to Intel's processors, a convolution to oneDNN, which
-    is twice as fast there (torch 2.13, Zen 5). torch sends batches of fewer than 16 images elsewhere.
+    Convolutions go to oneDNN, twice as fast there (torch 2.13 on a Zen 5, forward and backward), but not
+    those of fewer than 16 images.
     """
 
     def forward(self, x):
         rows = x.numel() // self.in_features
-        if not (ON_AMD and x.device.type == "cpu" and x.dtype == torch.float32 and rows >= 256
-                and rows % 16 == 0 and not torch.is_autocast_enabled("cpu")):
+        large = rows >= 256 and rows % 16 == 0
+        float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not (CONVOLVE and x.device.type == "cpu" and large and float32):
             return super().forward(x)
         images = x.reshape(16, rows // 16, 1, self.in_features).permute(0, 3, 1, 2)
         y = F.conv2d(images, self.weight[:, :, None, None], self.bias)
