@@ -277,7 +277,7 @@ def align(world, batch, known=None):
 
     Returns `latent_var`, variance of the latent actions; `cka` of latent actions and what the action modules
     make of them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips
-    swap their actions, of the first 64; `nmi` of codes and effects, if they are known and there are codes yet.
+    swap their actions, of the first 64; `nmi` of codes and effects, if they are known and there are codes.
     """
     video, fps = as_trained(world, batch)
     device, frames = video.device, video.shape[2]

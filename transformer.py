@@ -19,7 +19,7 @@ ROWS = 8192
 
 
 def without_mkl():
-    """Whether MKL, to which torch gives matrix products, would leave this processor's AVX-512 unused: AMD's"""
+    """Whether MKL, to which torch gives matrix products, leaves AVX-512 unused: on processors of AMD"""
     try:
         with open("/proc/cpuinfo") as f:
             amd = "AuthenticAMD" in f.read(200)
