@@ -58,10 +58,14 @@ def rope(x, start=0):
     place = torch.arange(start, start + t, device=x.device)
     frequency = 10000 ** (-torch.arange(0, e, 2, device=x.device) / e)
     angle = place[:, None] * frequency                                          # (t, e/2)
-    # pairs as complex numbers turn ten times faster on a CPU than by their parts
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (b, n, t, e/2)
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))                                    # (b, n, t, e/2, 2)
+    if torch.compiler.is_compiling():           # which fuses operations, but knows no complex numbers
+        cos, sin, (even, odd) = angle.cos(), angle.sin(), pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    else:                                       # on a CPU five to ten times faster
+        turn = torch.polar(torch.ones_like(angle), angle)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def sincos(position, d):
