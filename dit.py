@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from transformer import MLP, Attention, Block, sincos_2d
+from transformer import MLP, Attention, Block, Linear, sincos_2d
 from weights import fill, open_weights
 
 
@@ -53,7 +53,7 @@ class Embedder(nn.Module):
 
     def __init__(self, d):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.mlp = nn.Sequential(Linear(256, d), nn.SiLU(), Linear(d, d))
 
     def forward(self, x):
         """x (...) -> (..., d)"""
@@ -100,7 +100,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(cfg.hidden, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, cfg.hidden) / cfg.hidden ** 0.5)
-        self.linear = nn.Linear(cfg.hidden, cfg.patch ** 2 * cfg.out_channels)
+        self.linear = Linear(cfg.hidden, cfg.patch ** 2 * cfg.out_channels)
 
     def forward(self, x, time):
         """x (b, l, s, d), time (b, l, d) -> (b, l, s, patch * patch * out_channels)"""
@@ -118,10 +118,10 @@ class ActionModules(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d = cfg.hidden
-        self.embed = nn.Linear(cfg.action_dim, d)
+        self.embed = Linear(cfg.action_dim, d)
         depth = range(cfg.action_depth)
         self.blocks = nn.ModuleList(Block(d, cfg.heads, spatial=False, ratio=2) for _ in depth)
-        self.mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, 6 * d))
+        self.mlp = nn.Sequential(Linear(d, d), nn.SiLU(), Linear(d, 6 * d))
         for block in self.blocks:
             zero(block.temporal.proj)
             zero(block.mlp.fc2)
@@ -157,7 +157,7 @@ class DiT(nn.Module):
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(cfg.channels, d, side, stride=side)})
         self.t_embedder = Embedder(d)
         self.fps_embedder = Embedder(d)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.t_block = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
         self.spatial_blocks = nn.ModuleList(DiTBlock(cfg, temporal=False) for _ in range(cfg.depth))
         self.temporal_blocks = nn.ModuleList(DiTBlock(cfg, temporal=True) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)

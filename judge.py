@@ -278,18 +278,19 @@ def align(world, batch, known=None):
 
     Returns `latent_var`, variance of the latent actions; `cka` of latent actions and what the action modules
     make of them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips
-    swap their actions; `nmi` of codes and effects, if they are known and there are codes yet.
+    swap their actions, of the first 64; `nmi` of codes and effects, if they are known and there are codes.
     """
     video, fps = as_trained(world, batch)
     device, frames = video.device, video.shape[2]
-    actions, x0 = world.pack(world.lam.encode(video)[0]), world.vae.encode(video)
+    actions, x0 = world.pack(world.lam.encode(video)[0]), world.vae.encode(video[:64])
     b, c, l, h, w = x0.shape
     t = shift_time(0.5, time_ratio(world.cfg.time_shift, h * w * world.vae.pixel_stride ** 2, l))
     t = torch.full((b, l), t, device=device)
     t[:, 0] = 0
     mix = t[:, None, :, None, None]
     x = (1 - mix) * x0 + mix * Draw(0, 2, device=device)(torch.randn, *x0.shape)
-    v, swapped = (world.dit(x, t, a, fps)[:, :, 1:].float() for a in (actions, actions.roll(1, 0)))
+    moves = actions[:b]
+    v, swapped = (world.dit(x, t, a, fps[:b])[:, :, 1:].float() for a in (moves, moves.roll(1, 0)))
     features = world.dit.action.features(actions)[:, 1:]                        # (b, l-1, d)
     out = {
         "latent_var": actions.var((0, 1)).mean().item(),

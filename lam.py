@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from transformer import Block, sincos_2d
+from transformer import Block, Linear, sincos_2d
 from vq import VectorQuantizer
 
 
@@ -50,14 +50,14 @@ class IDM(nn.Module):
         super().__init__()
         self.cfg = cfg
         n = cfg.size // cfg.patch
-        self.patch = nn.Linear(3 * cfg.patch ** 2, cfg.width)
+        self.patch = Linear(3 * cfg.patch ** 2, cfg.width)
         self.queries = nn.Parameter(torch.randn(cfg.tokens, cfg.width))
         # smooth over the frame, so that the difference of two places is nearly linear in it
         place = 0.5 + torch.arange(n) / n
         self.register_buffer("pos", sincos_2d(place, place, cfg.width), persistent=False)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width)
-        self.out = nn.Linear(cfg.width, cfg.code_dim)
+        self.out = Linear(cfg.width, cfg.code_dim)
 
     def forward(self, video):
         """video (b, 3, t, h, w) in [-1, 1] -> latent actions before quantization (b, t-1, k, d)"""
@@ -77,14 +77,14 @@ class FDM(nn.Module):
         super().__init__()
         self.cfg = cfg
         n = cfg.size // cfg.patch
-        self.patch = nn.Linear(3 * cfg.patch ** 2, cfg.width)
-        self.action = nn.Linear(cfg.code_dim, cfg.width)
+        self.patch = Linear(3 * cfg.patch ** 2, cfg.width)
+        self.action = Linear(cfg.code_dim, cfg.width)
         nn.init.normal_(self.action.weight, std=1 / (cfg.latent_scale * cfg.code_dim ** 0.5))
         self.slot = nn.Parameter(torch.randn(cfg.tokens, cfg.width))            # tells the k tokens apart
         self.register_buffer("pos", sincos_2d(torch.arange(n), torch.arange(n), cfg.width), persistent=False)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, temporal=False) for _ in range(cfg.fdm_depth))
         self.norm = nn.LayerNorm(cfg.width)
-        self.out = nn.Linear(cfg.width, 3 * cfg.patch ** 2)
+        self.out = Linear(cfg.width, 3 * cfg.patch ** 2)
 
     def forward(self, video, z):
         """video (b, 3, t, h, w) and z (b, t, k, d) -> the frame after each (b, 3, t, h, w)"""
@@ -214,7 +214,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.action_dim, self.cfg = action_dim, cfg
         logits = cfg.tokens * cfg.num_codes
-        self.mlp = nn.Sequential(nn.Linear(action_dim, width), nn.GELU(), nn.Linear(width, logits))
+        self.mlp = nn.Sequential(Linear(action_dim, width), nn.GELU(), Linear(width, logits))
 
     def forward(self, actions):
         """real actions (b, t-1, a) -> logits of the codes (b, t-1, k, num_codes)"""

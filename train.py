@@ -280,7 +280,7 @@ def prepare_and_train(cfg, process):
     cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" else None
     run = Run(cfg, process, state["step"] if state else 0, file, held)
     optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
-                                  betas=(0.9, 0.95), weight_decay=0.01, fused=process.cuda or None)
+                                  betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         del state                                               # it maps the file
