@@ -95,7 +95,7 @@ class ToyClips(Dataset):
 
     def which(self, indices):
         """The source of each clip (b,), as its place in `names`"""
-        u = toy.Rolls((self.stream, 1), indices, 1)(1)[:, 0]
+        u = toy.Rolls((self.stream, 1), indices)()
         return np.searchsorted(np.cumsum(list(self.shares.values())), u)
 
     def origin(self, i):
