@@ -33,10 +33,6 @@ WRITE_EVERY = 20                            # seconds that a killed program may 
 class UserError(Exception):
     """A user's mistake: one line that says what is wrong, where, and what would be right."""
 
-    def __str__(self):
-        """Without the traceback that torch puts before it when it comes from a loader's worker."""
-        return super().__str__().rpartition("formats.UserError: ")[2].rstrip()
-
 
 def first_line(error):
     """What an exception says, on one line; its name, if it says nothing"""

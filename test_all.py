@@ -1211,20 +1211,19 @@ def test_the_goals_of_toy_tasks_solve_them(task):
 
 
 def test_a_toy_clip_is_the_same_in_whatever_batch_it_is_drawn():
-    source = ToyClips("robots", 20, 4)
+    source = clips("toy", 20, 4)
     assert torch.equal(source[range(300)]["video"][7], source[[7]]["video"][0])
 
 
 @pytest.mark.parametrize("other", [dict(split="heldout"), dict(seed=1)], ids=["split", "seed"])
 def test_toy_clips_of_another_split_or_seed_are_others(other):
-    clip = ToyClips("robots", 20, 4)[[7]]["video"]
-    assert not torch.equal(ToyClips("robots", 20, 4, **other)[[7]]["video"], clip)
+    clip = clips("toy", 20, 4)[[7]]["video"]
+    assert not torch.equal(clips("toy", 20, 4, **other)[[7]]["video"], clip)
 
 
 @pytest.mark.parametrize("make", [functools.partial(toy.robot_clips, "slide"), toy.web_clips],
                          ids=["robots", "web"])
 def test_long_toy_clips_begin_as_short_ones_do(make):
-    """They take more random numbers than a world has at first."""
     long, short = (make(range(3), 0, frames, 8) for frames in (500, 20))
     for a, b in zip(long, short) if isinstance(long, tuple) else [(long, short)]:
         assert len(a[0]) - len(b[0]) == 480
@@ -1232,7 +1231,7 @@ def test_long_toy_clips_begin_as_short_ones_do(make):
 
 
 def test_toy_robots_are_mixed_30_20_50():
-    which = ToyClips("robots", 20, 4)[range(300)]["source"]
+    which = clips("toy", 20, 4)[range(300)]["source"]
     share = torch.bincount(which) / 300
     torch.testing.assert_close(share, torch.tensor([0.3, 0.2, 0.5]), atol=0.08, rtol=0)
 
@@ -1766,14 +1765,15 @@ def test_a_film_that_is_gone_costs_its_clips_but_not_the_run(copied):
 
 
 @pytest.mark.filterwarnings("ignore:This process")              # torch warns of any fork
-def test_a_mistake_that_a_loaders_worker_finds_is_one_line(copied):
+def test_a_mistake_that_a_loaders_worker_finds_is_one_line(copied, monkeypatch):
     source = Episodes(str(copied), 8, 8)
     source.quick = False                    # else there is no worker
     for episode in source.episodes:
         os.remove(episode.file)
-    with pytest.raises(UserError) as error:
-        next(iter(loader(source, 2, 0, 1)))
-    assert str(error.value) == f"--data {copied}: 20 clips in a row cannot be read any more"
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        program(lambda _: next(iter(loader(source, 2, 0, 1))))
+    assert str(end.value) == f"train.py: --data {copied}: 20 clips in a row cannot be read any more"
 
 
 @pytest.mark.parametrize("room, kept", [(2 ** 30, 3), (20 * 8 * 8 * 3 + 1, 2), (1, 1)])
@@ -1933,7 +1933,7 @@ def test_ranks_share_each_batch_of_a_mixture(mixture):
 @pytest.mark.parametrize("data", ["mixture", "robots"])
 def test_another_clip_is_of_the_same_source_and_another_episode(data, mixture):
     # in 20 clips of these, some are alone of their source
-    dataset = mixture if data == "mixture" else ToyClips("robots", 8, 4)
+    dataset = mixture if data == "mixture" else clips("toy", 8, 4)
     for i in range(20):
         j = another(dataset, i)
         assert j > i
@@ -2458,7 +2458,7 @@ def test_a_world_that_ignores_actions_is_not_sensitive_to_them():
 def test_a_world_that_ignores_actions_dreams_equally_well_with_any():
     world = small_world()
     world.dit.action.forward = lambda a: torch.zeros(len(a), a.shape[1] + 1, 6, 16)
-    found, _, shown = predict(world, ToyClips("robots", 8, 4), 8, steps=2)
+    found, _, shown = predict(world, clips("toy", 8, 4), 8, steps=2)
     psnrs = {variant: numbers["psnr"] for variant, numbers in found.items()}
     assert psnrs["inferred"].shape == (8,)
     assert torch.equal(psnrs["inferred"], psnrs["shuffled"])
@@ -2470,16 +2470,16 @@ def test_the_loss_is_measured_on_clips_as_long_as_those_of_training():
     world, seen = small_world(), []
     world.cfg.window = 1                        # trained on two frames
     world.dit.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
-    found = loss_by_time(world, ToyClips("robots", 8, 6, split="heldout"), 70)
+    found = loss_by_time(world, clips("toy", 8, 6, split="heldout"), 70)
     assert set(seen) == {2}
-    alone = loss_by_time(world, ToyClips("robots", 8, 2, split="heldout"), 70)
+    alone = loss_by_time(world, clips("toy", 8, 2, split="heldout"), 70)
     assert found == pytest.approx(alone)
 
 
 def test_the_loss_of_another_seed_is_that_of_other_clips():
-    world, clips = small_world(), ToyClips("robots", 8, 6, split="heldout")
+    world, heldout = small_world(), clips("toy", 8, 6, split="heldout")
     world.cfg.window = 5
-    assert loss_by_time(world, clips, 8)["loss"] != loss_by_time(world, clips, 8, seed=1)["loss"]
+    assert loss_by_time(world, heldout, 8)["loss"] != loss_by_time(world, heldout, 8, seed=1)["loss"]
 
 
 def test_more_joint_codes_than_an_integer_holds_are_counted():
