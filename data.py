@@ -263,7 +263,8 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
     shown, pages = [], []
     for i in range(n):
         which, _ = dataset.origin(i)
-        source = dataset.sources[which] if isinstance(dataset, Mixture) else dataset    # it leaves actions out
+        # a mixture leaves actions out
+        source = dataset.sources[which] if isinstance(dataset, Mixture) else dataset
         shown.append((names[which], source[[i]]))
     for t in range(dataset.frames):
         page = Image.new("RGB", (columns * (side + 4), -(-n // columns) * (side + 28)), "white")

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from formats import HDF5_ENDINGS, UserError, first_line, whole
+from formats import HDF5_ENDINGS, UserError, first_line, optional, whole
 
 
 class Route(NamedTuple):
@@ -275,11 +275,7 @@ def goals(task, path, n, size=64):
     file = path if path.endswith(HDF5_ENDINGS) else os.path.join(path, f"robodesk_{task}", "goals.hdf5")
     pairs = []
     if os.path.isfile(file):
-        try:
-            import h5py
-        except ImportError:
-            raise UserError(f"{file}: needs pip install h5py") from None
-        with h5py.File(file) as f:
+        with optional("h5py").File(file) as f:
             for name in sorted(f["data"], key=lambda k: int(k.split("_")[-1]))[:n]:
                 demo = f["data"][name]
                 start = int(demo["start_index"][()]) if "start_index" in demo else 0

@@ -4448,9 +4448,9 @@ def test_cem_within_bounds_looks_at_most_half_of_the_way_to_the_nearer_bound():
 
 def test_mppi_finds_an_optimum_over_warm_starts():
     mean, generator = torch.zeros(3, 2), seeded()
-    for _ in range(8):
-        mean = plan.mppi(near_target, mean, torch.tensor([0.2, 0.2]), samples=2000, iterations=4, gamma=50.0,
-                         beta=0.0, generator=generator)
+    for _ in range(32):
+        mean = plan.mppi(near_target, mean, torch.tensor([0.2, 0.2]), samples=2000, gamma=50.0, beta=0.0,
+                         generator=generator)
     assert torch.allclose(mean, TARGET.clamp(-1, 1), atol=0.05)
 
 
@@ -4488,9 +4488,9 @@ def test_proposals_are_correlated_in_time(correlated):
 
 
 def test_proposals_stay_within_bounds():
-    x = plan.proposals(torch.ones(2, 2), torch.ones(2), 100, low=-0.5, high=0.7, generator=seeded())
-    assert x.max() == pytest.approx(0.7)
-    assert x.min() == pytest.approx(-0.5)
+    x = plan.proposals(torch.zeros(2, 2), torch.ones(2), 100, generator=seeded())
+    assert x.max() == 1
+    assert x.min() == -1
 
 
 @pytest.mark.parametrize("steps, left", [(0, [0, 1, 2, 3]), (2, [2, 3, 3, 3]), (5, [3, 3, 3, 3])])
@@ -4724,7 +4724,7 @@ def test_an_episode_on_a_robodesk_begins_after_a_zero_action_as_in_vp2(desks, mo
     step = env.step
     monkeypatch.setattr(env, "step", lambda actions: took.append(actions) or step(actions))
     problem = (lambda n: env), None, env.render()[0]
-    episode = plan.Episode(plan.parse(["--random", "--env", "robodesk"]), "cpu", lambda make: None, None,
+    episode = plan.Episode(plan.parse(["--random", "--env", "robodesk"]), Process(), None, None, "random",
                            problem, 0)
     assert [a.tolist() for a in took] == [[[0.0] * 5]]
     assert len(episode.past) == 0                               # it is not counted
