@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import toy
 from episodes import Episodes
-from formats import UserError, read_video, speaks, whole
+from formats import UserError, speaks, whole
 
 TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
 
@@ -278,19 +278,16 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
                 numbers = clip["actions"][0, t][:4].tolist()
                 write.text((x, y + side + 12), " ".join(f"{a:+.2f}" for a in numbers), "black")
         pages.append(np.asarray(page))
-    try:
-        with whole(path) as part, open(part, "wb") as f:
-            f.write(imageio.imwrite("<bytes>", np.stack(pages), extension=".gif", duration=250, loop=0))
-    except OSError as error:
-        raise UserError(f"--peek {path}: {error.strerror}") from None
+    with whole(path) as part, open(part, "wb") as f:
+        f.write(imageio.imwrite("<bytes>", np.stack(pages), extension=".gif", duration=250, loop=0))
 
 
 COLUMNS = {"source": "<16", "kind": "<8", "episodes": ">8", "frames": ">9", "hours": ">7", "pixels": ">16",
-           "fps": ">9", "actions": ">8", "skipped": ">8", "clips/s": ">8", "seeking": ">8"}
+           "fps": ">9", "actions": ">8", "skipped": ">8", "clips/s": ">8"}
 
 
 def stats(data, size, frames):
-    """Print a row a source: what there is, how many clips a second are read, and what seeking wins."""
+    """Print a row a source: what there is, and how many clips a second are read."""
     print(" ".join(f"{column:{form}}" for column, form in COLUMNS.items()))
     for text in sources(data):
         name, path, options, _ = parse_source(text)
@@ -307,7 +304,7 @@ def stats(data, size, frames):
                    "hours": f"{hours:.3f}", "pixels": "..".join(f"{w}x{h}" for h, w in sizes),
                    "fps": "-".join(f"{rate:g}" for rate in rates),
                    "actions": "-".join(map(str, ends([e.dims for e in episodes]))),
-                   "skipped": len(dataset.skipped), "seeking": seeking_wins(episodes, frames)}
+                   "skipped": len(dataset.skipped)}
         began = time.time()
         dataset[range(16)]
         row |= {"source": name, "clips/s": f"{16 / (time.time() - began):.1f}"}
@@ -317,21 +314,6 @@ def stats(data, size, frames):
 def ends(values):
     """The smallest and the largest of them; one, where they are equal"""
     return sorted({min(values), max(values)})
-
-
-def seeking_wins(episodes, frames):
-    """How many times faster four clips of the longest video are read by seeking than from its start"""
-    longest = max(episodes, key=lambda e: e.info["n"])
-    if longest.key:                         # HDF5 has no need of it
-        return ""
-    seconds = []
-    for seek in (True, False):
-        began = time.time()
-        for share in (0.2, 0.4, 0.6, 0.8):
-            wanted = int(share * (longest.info["n"] - frames)) + np.arange(frames)
-            read_video(longest.file, longest.info, wanted, seek)
-        seconds.append(time.time() - began)
-    return f"x{seconds[1] / seconds[0]:.1f}"
 
 
 def main(argv):

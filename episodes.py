@@ -223,9 +223,12 @@ class Options:
     def read(cls, path, given):
         """From {name: text}. Raises UserError for what makes no sense."""
         names = [field.name for field in fields(cls)]
-        for name in given:
+        choices = {"flip": ("vertical", "horizontal", "180"), "actions": ("sum", "last")}
+        for name, text in given.items():
             if name not in names:
                 raise UserError(f"--data {path}: no option @{name}; there are @{' @'.join(names)}")
+            if text not in choices.get(name, (text,)):
+                raise UserError(f"--data {path}: @{name}={text}: choose from {', '.join(choices[name])}")
         try:
             fps, stride = float(given.get("fps", 0)), int(given.get("stride", 1))
         except ValueError:
@@ -233,9 +236,6 @@ class Options:
         if stride < 1 or "fps" in given and not fps > 0 or {"fps", "stride"} <= set(given):
             raise UserError(f"--data {path}: @fps takes a number above 0, @stride a whole one; "
                             "only one of them")
-        for name, choices in (("flip", ("vertical", "horizontal", "180")), ("actions", ("sum", "last"))):
-            if name in given and given[name] not in choices:
-                raise UserError(f"--data {path}: @{name}={given[name]}: choose from {', '.join(choices)}")
         return cls(**{**given, "fps": fps, "stride": stride})
 
 
@@ -298,7 +298,8 @@ class Episodes(Dataset):
         """Frames (t, size, size, 3) uint8 of the clip that starts there; actions (t-1, a) float32, or None"""
         wanted = self.frames_from(e, start)
         key = (e.file, e.key, e.first, e.n, self.size, self.options.flip)
-        if self.quick and key not in KEPT and self.room():
+        room = MEMORY / getattr(get_worker_info(), "num_workers", 1)    # of all sources, and all workers
+        if self.quick and key not in KEPT and sum(images.nbytes for images in KEPT.values()) < room:
             KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
         images = KEPT[key][wanted] if key in KEPT else e.read_frames(wanted, self.fit)
         if not self.labelled:
@@ -307,11 +308,6 @@ class Episodes(Dataset):
         if self.options.actions == "last":
             return images, np.stack([every[max(b - 1, 0)] for b in wanted[1:]])
         return images, np.stack([every[a:b].sum(0) for a, b in zip(wanted[:-1], wanted[1:])])
-
-    def room(self):
-        """Whether one more episode may stay in memory, which is shared by all sources and loader workers."""
-        workers = getattr(get_worker_info(), "num_workers", 1)
-        return sum(images.nbytes for images in KEPT.values()) < MEMORY / workers
 
     def fit(self, image):
         """An image (h, w, 3) as the clips have it: flipped, its centre square, resized"""

@@ -136,19 +136,18 @@ def frame_times(info):
     return first + step * np.arange(info["n"])
 
 
-def read_video(file, info, wanted, seek=True, fit=np.asarray):
+def read_video(file, info, wanted, fit=np.asarray):
     """Some frames of a video, in a list. Raises UserError where it is not what it was when it was indexed.
 
     Args:
         wanted: (t,) numbers of frames, none smaller than the one before it.
-        seek: go to the key frame before them; where that fails, or without it, decode from the start.
         fit: what each frame, uint8 (h, w, 3), goes through as soon as it is decoded: large ones are not kept.
     """
     pts = frame_times(info)[wanted].tolist()
-    if wanted[0] == 0 or file.lower().endswith(".gif"):     # a GIF's frames build on each other
-        seek = False
-    for seeks in (True, False) if seek else (False,):
-        found = decode(file, pts, seeks, fit)
+    seekable = wanted[0] > 0 and not file.lower().endswith(".gif")      # a GIF's frames build on each other
+    # from the key frame before them; where that fails, from the start
+    for seek in (True, False) if seekable else (False,):
+        found = decode(file, pts, seek, fit)
         if len(found) == len(set(pts)):
             return [found[p] for p in pts]
     raise UserError(f"{file}: does not decode as it did when it was indexed")
@@ -211,12 +210,12 @@ def read_side(file):
     """Actions (n, a) float32 of a .npz or .json (under `actions`) or a .npy. Raises UserError for others."""
     if file.endswith(".json"):
         with open(file) as f:
-            actions = json.load(f)
-        actions = actions.get("actions", ()) if isinstance(actions, dict) else actions
+            found = json.load(f)
     else:
-        actions = np.load(file)
-        actions = actions["actions"] if file.endswith(".npz") else actions
-    actions = np.asarray(actions, np.float32)
+        found = np.load(file)
+    if not isinstance(found, (list, np.ndarray)):
+        found = found.get("actions", ())
+    actions = np.asarray(found, np.float32)
     if actions.ndim != 2 or not np.isfinite(actions).all():
         raise UserError(f"{os.path.basename(file)}: actions are not (n, a) finite numbers")
     return actions
@@ -311,6 +310,13 @@ def index(base, files, inspect):
         folder, name = "out", f"{name}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:12]}"
     path = os.path.join(folder, name)
     keys = {file: os.path.relpath(file, base) for file in files}
+
+    def look(file):
+        try:
+            return inspect(file)
+        except Exception as error:          # whatever a reader raises on a bad file
+            return {"error": first_line(error)}
+
     with contextlib.ExitStack() as lock:
         with contextlib.suppress(OSError):                      # where there are no locks nobody waits
             opened = os.open(base, os.O_RDONLY)
@@ -322,7 +328,7 @@ def index(base, files, inspect):
         title = f"index of {os.path.basename(base)}"
         hidden = True if len(fresh) < 20 else None              # None: unless on a terminal
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            infos, written = pool.map(lambda file: attempt(inspect, file), fresh), time.monotonic()
+            infos, written = pool.map(look, fresh), time.monotonic()
             for file, info in zip(fresh, tqdm(infos, title, len(fresh), disable=hidden, leave=False)):
                 known[keys[file]] = info | {"stamp": stamps[file]}
                 if file == fresh[-1] or time.monotonic() > written + WRITE_EVERY:
@@ -359,10 +365,3 @@ def stamp(file):
     """Size and time of change of a file, and of the actions beside it"""
     there = [os.stat(f) for f in (file, side_file(file)) if f and os.path.exists(f)]
     return [[s.st_size, s.st_mtime_ns] for s in there]
-
-
-def attempt(inspect, file):
-    try:
-        return inspect(file)
-    except Exception as error:              # whatever a reader raises on a bad file
-        return {"error": first_line(error)}

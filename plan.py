@@ -141,16 +141,6 @@ def dream(world, frames, past, actions, seed, fps, context=1, steps=None, guidan
     return video[back][:, :, context:context + horizon]
 
 
-def simulate(copies, state, actions):
-    """What really happens: as `dream`, with n copies of the simulator."""
-    copies.set_state(np.repeat(state, len(actions), 0))
-    frames = []
-    for t in range(actions.shape[1]):
-        copies.step(actions[:, t].cpu().numpy())
-        frames.append(copies.render())
-    return to_video(torch.from_numpy(np.stack(frames, 1)), actions.device)
-
-
 class Episode:
     """A start-goal pair in closed loop: plan, act out the plan's first actions, look, plan again.
 
@@ -163,7 +153,7 @@ class Episode:
         self.agent, self.seed, self.env, device = agent, seed, make(1), process.device
         # for a plan, and for its candidates
         self.copies = {n: make(n) for n in (1, args.samples)} if agent == "oracle" else {}
-        for _ in range(args.uncounted):
+        for _ in range(args.zero_actions_before):
             self.env.step(np.zeros((1, self.env.action_dim)))
         self.target = to_video(torch.from_numpy(image[None, None]), device)[0, :, 0]    # (3, h, w)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -174,11 +164,17 @@ class Episode:
     def imagine(self, actions):
         """What the agent expects of actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]"""
         args = self.args
-        if self.agent == "oracle":
-            return simulate(self.copies[len(actions)], self.env.get_state(), actions)
-        with self.process.autocast():
-            return dream(self.world, np.stack(self.frames), self.past, actions, self.seed + len(self.past),
-                         self.env.fps, args.context, args.sampling_steps, args.guidance)
+        if self.agent == "world":
+            with self.process.autocast():
+                return dream(self.world, np.stack(self.frames), self.past, actions,
+                             self.seed + len(self.past), self.env.fps, args.context, args.sampling_steps,
+                             args.guidance)
+        copies, frames = self.copies[len(actions)], []
+        copies.set_state(np.repeat(self.env.get_state(), len(actions), 0))
+        for t in range(actions.shape[1]):
+            copies.step(actions[:, t].cpu().numpy())
+            frames.append(copies.render())
+        return to_video(torch.from_numpy(np.stack(frames, 1)), actions.device)
 
     def score(self, actions):
         return reward(self.imagine(actions), self.target, self.classifier)
@@ -250,11 +246,12 @@ def measure(start, task, pairs, args, picture):
 DEFAULT_GOALS = os.path.join("out", "goals")
 DEFAULTS = {
     "toy": dict(task=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0,
-                context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16, uncounted=0),
+                context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16,
+                zero_actions_before=0),
     # VP2's, but for the sampler
     "robodesk": dict(task=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1,
                      context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1], elites=0.05, sampling_steps=3, size=64,
-                     uncounted=1),          # zero actions before an episode begins
+                     zero_actions_before=1),                    # they are not counted
 }
 SAMPLES = {"open_slide": 800, "open_drawer": 800}               # VP2's, of other tasks 200
 
@@ -349,8 +346,7 @@ def open_world(args, device):
 
 def open_classifier(path, size, device):
     if size != 64:
-        raise UserError(f"--classifier {path}: VP2's classifier sees 64 x 64 pixels, "
-                        f"this world dreams {size} x {size}")
+        raise UserError(f"--classifier {path}: sees 64 x 64 pixels, this world dreams {size} x {size}")
     classifier = Classifier().to(device).eval()
     try:
         classifier.load_state_dict(torch.load(path, device, weights_only=True))
@@ -372,11 +368,9 @@ def main(argv):
     open_results(out)
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
-    apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples",
-             "uncounted")
+    apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")
     protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
         "precision": process.precision, "cost": "pixels and classifier" if classifier else "pixels",
-        "zero actions before it": args.uncounted,
         "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
     asked = {"world": args.ckpt, "random": args.random, "oracle": args.oracle}

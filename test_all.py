@@ -3914,9 +3914,9 @@ def refusal_of(capsys):
     A mistake in the flags ends it; of any other, `program` prints the line.
     """
     def refuse(main, *args):
-        with pytest.raises((SystemExit, UserError)) as end:
+        with pytest.raises((SystemExit, UserError, OSError)) as end:
             main([str(a) for a in args])
-        said = str(end.value) if end.type is UserError else capsys.readouterr().err
+        said = capsys.readouterr().err if end.type is SystemExit else str(end.value)
         lines = said.splitlines()
         assert len(lines) == 1, lines
         return lines[0]
