@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import toy
 from episodes import Episodes
-from formats import UserError, read_video, speaks, whole
+from formats import UserError, speaks, whole
 
 TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
 
@@ -71,7 +71,8 @@ def program(main):
         # torch has a RuntimeError for memory that it cannot get; of any other one wants the traceback
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        line = (str(error) or "out of memory").splitlines()[-1]     # of a loader worker's, its traceback goes
+        # torch puts a traceback before what a loader's worker says, and the name of the error
+        line = (str(error) or "out of memory").splitlines()[-1].removeprefix("formats.UserError: ")
         sys.exit(f"{name}: {line}" if speaks() or not isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         if speaks():
@@ -80,7 +81,7 @@ def program(main):
 
 
 class ToyClips(Dataset):
-    """Clips of the toy world, made as they are asked for: `web`, one embodiment, or `robots`, a mixture.
+    """Clips of the toy world, made as they are asked for: `web`, or of one embodiment.
 
     size: pixels of a square frame. frames: of a clip. split: "train" or "heldout", disjoint sets of worlds.
     """
@@ -90,34 +91,21 @@ class ToyClips(Dataset):
         if size < 8:
             raise UserError(f"--size {size}: toy robots and blocks need frames of 8 pixels or more")
         self.source, self.size, self.frames = source, size, frames
-        self.shares = toy.MIXTURE if source == "robots" else {source: 1}
-        self.names = list(self.shares)
         self.stream = {"train": 2 * seed, "heldout": 1}[split]  # held-out clips are the same for all seeds
-        self.labelled = source in toy.EMBODIMENTS               # true actions are known
-
-    def which(self, indices):
-        """The source of each clip (b,), as its place in `names`"""
-        u = toy.Rolls((self.stream, 1), indices, 1)(1)[:, 0]
-        return np.searchsorted(np.cumsum(list(self.shares.values())), u)
+        self.labelled = source != "web"                         # true actions are known
 
     def origin(self, i):
         """Source and episode of clip i; here each clip has a world of its own"""
-        return self.which(np.array([i]))[0], i
+        return 0, i
 
     def __getitem__(self, indices):
-        indices = np.asarray(indices)
-        which = self.which(indices)                                             # (b,)
         how = (self.stream, self.frames, self.size)
-        batch = {"video": np.empty((len(indices), self.frames, self.size, self.size, 3), np.uint8),
-                 "fps": np.full(len(indices), toy.ToyWorld.fps, np.float32), "source": which}
-        for i, name in enumerate(self.names):
-            rows = which == i
-            if name == "web":
-                batch["video"] = toy.web_clips(indices, *how)
-            elif rows.any():
-                batch["video"][rows], actions, effects = toy.robot_clips(name, indices[rows], *how)
-                if self.labelled:
-                    batch |= {"actions": actions, "effects": effects}
+        batch = {"fps": np.full(len(indices), toy.ToyWorld.fps, np.float32),
+                 "source": np.zeros(len(indices), np.int64)}
+        if self.source == "web":
+            batch["video"] = toy.web_clips(indices, *how)
+        else:
+            batch["video"], batch["actions"], batch["effects"] = toy.robot_clips(self.source, indices, *how)
         return {k: torch.from_numpy(v) for k, v in batch.items()}
 
 
@@ -125,14 +113,14 @@ class Mixture(Dataset):
     """Clips of several sources: each clip comes from one of them with the probability of its weight."""
     labelled = False            # robots differ in their actions
 
-    def __init__(self, names, sources, weights, seed=0):
+    def __init__(self, names, sources, weights, seed=(0, 2)):
         self.names, self.sources, self.seed, self.frames = names, sources, seed, sources[0].frames
         self.quick = all(source.quick for source in sources)
         self.edges = np.cumsum(weights) / np.sum(weights)
 
     def which(self, indices):
         """The source of each clip (b,), as its place in `sources`"""
-        u = [np.random.default_rng((self.seed, 2, int(i))).random() for i in indices]
+        u = [np.random.default_rng((*self.seed, int(i))).random() for i in indices]
         return np.searchsorted(self.edges, u, side="right")
 
     def origin(self, i):
@@ -147,6 +135,12 @@ class Mixture(Dataset):
         back = torch.from_numpy(np.argsort(np.concatenate(rows)))   # to the order that was asked for
         batch = {k: torch.cat([part[k] for part in parts])[back] for k in ("video", "fps")}
         return batch | {"source": torch.from_numpy(which)}
+
+
+def robots(*how):
+    """The mixture of embodiments that `toy` stands for. how: what `ToyClips` takes after its source."""
+    made = [ToyClips(name, *how) for name in toy.MIXTURE]
+    return Mixture(list(toy.MIXTURE), made, list(toy.MIXTURE.values()), (made[0].stream, 1))
 
 
 def sources(data):
@@ -195,8 +189,10 @@ def clips(data, size, frames, seed=0, split="train"):
     for name, path, options, weight in map(parse_source, data):
         names.append(name)
         weights.append(weight)
-        if path in TOY and not options:
-            made.append(ToyClips("robots" if path == "toy" else path, size, frames, seed, split))
+        if path in ("toy", "robots") and not options:
+            made.append(robots(size, frames, seed, split))
+        elif path in TOY and not options:
+            made.append(ToyClips(path, size, frames, seed, split))
         else:
             made.append(Episodes(path, size, frames, seed, split, options))
     if not made:
@@ -207,7 +203,7 @@ def clips(data, size, frames, seed=0, split="train"):
         raise UserError(f"--data {' '.join(data)}: give all sources a weight, or none")
     if len(made) == 1:
         return made[0]
-    return Mixture(names, made, [weight or 1 for weight in weights], seed)
+    return Mixture(names, made, [weight or 1 for weight in weights], (seed, 2))
 
 
 def another(dataset, i, tries=1000):
@@ -268,11 +264,10 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
     """A GIF of what training will see: n clips, the names of their sources, actions where they are known."""
     shown, pages = [], []
     for i in range(n):
-        clip = dataset[[i]]
-        which = int(clip["source"])
-        if isinstance(dataset, Mixture):                        # which leaves actions out
-            clip = dataset.sources[which][[i]]
-        shown.append((names[which], clip))
+        which, _ = dataset.origin(i)
+        # a mixture leaves actions out
+        source = dataset.sources[which] if isinstance(dataset, Mixture) else dataset
+        shown.append((names[which], source[[i]]))
     for t in range(dataset.frames):
         page = Image.new("RGB", (columns * (side + 4), -(-n // columns) * (side + 28)), "white")
         write = ImageDraw.Draw(page)
@@ -285,19 +280,16 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
                 numbers = clip["actions"][0, t][:4].tolist()
                 write.text((x, y + side + 12), " ".join(f"{a:+.2f}" for a in numbers), "black")
         pages.append(np.asarray(page))
-    try:
-        with whole(path) as part, open(part, "wb") as f:
-            f.write(imageio.imwrite("<bytes>", np.stack(pages), extension=".gif", duration=250, loop=0))
-    except OSError as error:
-        raise UserError(f"--peek {path}: {error.strerror}") from None
+    with whole(path) as part, open(part, "wb") as f:
+        f.write(imageio.imwrite("<bytes>", np.stack(pages), extension=".gif", duration=250, loop=0))
 
 
 COLUMNS = {"source": "<16", "kind": "<8", "episodes": ">8", "frames": ">9", "hours": ">7", "pixels": ">16",
-           "fps": ">9", "actions": ">8", "skipped": ">8", "clips/s": ">8", "seeking": ">8"}
+           "fps": ">9", "actions": ">8", "skipped": ">8", "clips/s": ">8"}
 
 
 def stats(data, size, frames):
-    """Print a row a source: what there is, how many clips a second are read, and what seeking wins."""
+    """Print a row a source: what there is, and how many clips a second are read."""
     print(" ".join(f"{column:{form}}" for column, form in COLUMNS.items()))
     for text in sources(data):
         name, path, options, _ = parse_source(text)
@@ -314,7 +306,7 @@ def stats(data, size, frames):
                    "hours": f"{hours:.3f}", "pixels": "..".join(f"{w}x{h}" for h, w in sizes),
                    "fps": "-".join(f"{rate:g}" for rate in rates),
                    "actions": "-".join(map(str, ends([e.dims for e in episodes]))),
-                   "skipped": len(dataset.skipped), "seeking": seeking_wins(episodes, frames)}
+                   "skipped": len(dataset.skipped)}
         began = time.time()
         dataset[range(16)]
         row |= {"source": name, "clips/s": f"{16 / (time.time() - began):.1f}"}
@@ -324,21 +316,6 @@ def stats(data, size, frames):
 def ends(values):
     """The smallest and the largest of them; one, where they are equal"""
     return sorted({min(values), max(values)})
-
-
-def seeking_wins(episodes, frames):
-    """How many times faster four clips of the longest video are read by seeking than from its start"""
-    longest = max(episodes, key=lambda e: e.info["n"])
-    if longest.key:                         # HDF5 has no need of it
-        return ""
-    seconds = []
-    for seek in (True, False):
-        began = time.time()
-        for share in (0.2, 0.4, 0.6, 0.8):
-            wanted = int(share * (longest.info["n"] - frames)) + np.arange(frames)
-            read_video(longest.file, longest.info, wanted, seek)
-        seconds.append(time.time() - began)
-    return f"x{seconds[1] / seconds[0]:.1f}"
 
 
 def main(argv):

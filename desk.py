@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from formats import HDF5_ENDINGS, UserError, first_line, whole
+from formats import HDF5_ENDINGS, UserError, first_line, optional, whole
 
 
 class Route(NamedTuple):
@@ -125,11 +125,11 @@ class Desk:
         """Put desk i into the simulator, unless it is there."""
         if self.loaded == i:
             return
-        physics, state, k = self.env.physics, self.states[i], self.env.num_joints
-        objects = physics.model.nq - k
+        physics, k = self.env.physics, self.env.num_joints
+        robot_q, robot_v, q, v = np.split(self.states[i], [k, 2 * k, k + physics.model.nq])
         physics.reset()
-        physics.data.qpos[:] = np.concatenate([state[:k], state[2 * k:2 * k + objects]])
-        physics.data.qvel[:] = np.concatenate([state[k:2 * k], state[2 * k + objects:]])
+        physics.data.qpos[:] = np.concatenate([robot_q, q])
+        physics.data.qvel[:] = np.concatenate([robot_v, v])
         physics.forward()
         self.env.physics_copy.data.qpos[:] = physics.data.qpos
         self.loaded = i
@@ -209,6 +209,7 @@ def play(desk, task, actions, steps, until_success=False):
 
 def write_episode(path, frames, labels, fps):
     """Arrays `labels` as path.npz and `frames` (t, h, w, 3) uint8 as path.mp4; where that is, all is."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with whole(path + ".npz") as part, open(part, "wb") as file:
         np.savez(file, **labels)
     with whole(path + ".mp4") as part, av.open(part, "w", format="mp4") as file:
@@ -222,7 +223,6 @@ def write_episode(path, frames, labels, fps):
 
 def collect(folder, episodes, size=64, seed=0, steps=15):
     """Record the episodes that are not in the folder yet: 70 % scripted with noise, 30 % random."""
-    os.makedirs(folder, exist_ok=True)
     desk = Desk(1, size)
     for i in tqdm(range(episodes), "recording", dynamic_ncols=True, disable=None):
         rng = np.random.default_rng((seed, i))
@@ -238,7 +238,6 @@ def collect(folder, episodes, size=64, seed=0, steps=15):
 
 def make_goals(task, folder, n, size=64, steps=24):
     """Record start-goal pairs as goal_TASK_i until there are n: scripted episodes that succeed."""
-    os.makedirs(folder, exist_ok=True)
     desk = Desk(1, size)
     pattern = os.path.join(glob.escape(folder), f"goal_{task}_*.mp4")
     for i in itertools.count():
@@ -275,11 +274,7 @@ def goals(task, path, n, size=64):
     file = path if path.endswith(HDF5_ENDINGS) else os.path.join(path, f"robodesk_{task}", "goals.hdf5")
     pairs = []
     if os.path.isfile(file):
-        try:
-            import h5py
-        except ImportError:
-            raise UserError(f"{file}: needs pip install h5py") from None
-        with h5py.File(file) as f:
+        with optional("h5py").File(file) as f:
             for name in sorted(f["data"], key=lambda k: int(k.split("_")[-1]))[:n]:
                 demo = f["data"][name]
                 start = int(demo["start_index"][()]) if "start_index" in demo else 0

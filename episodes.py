@@ -32,14 +32,11 @@ class Episode:
     actions: tuple = None   # a file; and in it None, HDF5's data set of actions, or LeRobot's episode number
     key: str = None         # HDF5: the data set of frames
     low: int = 0            # only the frames low .. high-1 are used
-    high: int = None
-
-    def __post_init__(self):
-        self.high = self.n if self.high is None else self.high
+    high: int = None        # None: to the end
 
     def times(self):
-        """Seconds (high - low,) of the frames that are used"""
-        return frame_times(self.info)[self.first + self.low:self.first + self.high] * self.info["base"]
+        """Seconds, of each frame that is used"""
+        return frame_times(self.info)[self.first:self.first + self.n][self.low:self.high] * self.info["base"]
 
     def read_frames(self, wanted, fit):
         """Frames (t, ...), stacked, of increasing numbers (t,), each put through `fit`"""
@@ -71,22 +68,20 @@ def find_episodes(path, camera=None, split=None):
     """The kind of what lies at a path, list of Episode, {file or file:episode: why it is skipped}"""
     if not os.path.exists(path):
         raise UserError(f"--data {path}: no such file or folder")
+    skipped, single = {}, os.path.isfile(path)
     if os.path.isfile(os.path.join(path, "meta", "info.json")):
-        return "LeRobot", *lerobot_episodes(path, camera, split)
-    single, unseen = os.path.isfile(path), {}
-    files = [path] if single else sorted(files_in(path, unseen))
+        return "LeRobot", list(lerobot_episodes(path, camera, split, skipped)), skipped
+    files = [path] if single else sorted(files_in(path, skipped))
     hdf5 = [file for file in files if file.lower().endswith(HDF5_ENDINGS)]
     if hdf5:
-        episodes, skipped = hdf5_episodes(path, hdf5, camera, split)
-        return "HDF5", episodes, unseen | skipped
+        return "HDF5", list(hdf5_episodes(path, hdf5, camera, split, skipped)), skipped
     if split or camera:
         raise UserError(f"--data {path}: plain videos have no @split and no @camera")
     videos = files if single else [file for file in files if file.lower().endswith(VIDEO_ENDINGS)]
     if not videos:
-        endings, why = " ".join(VIDEO_ENDINGS), "".join(f"; {name}: {why}" for name, why in unseen.items())
+        endings, why = " ".join(VIDEO_ENDINGS), "".join(f"; {name}: {why}" for name, why in skipped.items())
         raise UserError(f"--data {path}: no video ({endings}), HDF5 or LeRobot data in this folder{why}")
-    episodes, skipped = video_episodes(path, videos)
-    return "video", episodes, unseen | skipped
+    return "video", list(video_episodes(path, videos, skipped)), skipped
 
 
 def base_of(path):
@@ -130,26 +125,21 @@ def choose_camera(path, cameras, wanted):
     raise UserError(f"--data {path}: which of its cameras? @camera={' or @camera='.join(cameras)}")
 
 
-def video_episodes(path, files):
-    """Each file an episode: list of Episode, and {file: why it is skipped}"""
-    episodes, skipped, base = [], {}, base_of(path)
+def video_episodes(path, files, skipped):
+    """Each file an Episode, but those that go into `skipped`, with the reason"""
+    base = base_of(path)
     for file, info in index(base, files, inspect_video).items():
         if "error" in info:
             skipped[file] = info["error"]
-            continue
-        rows, dims = info["actions"] or (info["n"], 0)
-        if rows in (info["n"] - 1, info["n"]):
-            name, actions = os.path.relpath(file, base), (side_file(file), None)
-            episodes.append(Episode(name, file, info, 0, info["n"], dims, actions))
         else:
-            skipped[file] = f"{rows} actions beside {info['n']} frames"
-    return episodes, skipped
+            name, actions = os.path.relpath(file, base), (side_file(file), None)
+            yield Episode(name, file, info, 0, info["n"], info["dims"], actions)
 
 
-def hdf5_episodes(path, files, camera, split):
-    """Each demonstration an episode: list of Episode, and {file or file:demo: why it is skipped}"""
+def hdf5_episodes(path, files, camera, split, skipped):
+    """Each demonstration an Episode, but those that go, with the whole file or not, into `skipped`"""
     optional("h5py")        # where it is missing, no file is at fault
-    episodes, skipped, base = [], {}, base_of(path)
+    base = base_of(path)
     for file, found in index(base, files, inspect_hdf5).items():
         if "error" in found:
             skipped[file] = found["error"]
@@ -164,19 +154,18 @@ def hdf5_episodes(path, files, camera, split):
                 skipped[f"{file}:{name}"] = "no uint8 images (n, h, w, 3) under obs"
                 continue
             view = choose_camera(path, demo["cameras"], camera)
-            n, shape, fps = demo["cameras"][view], demo["actions"], demo["fps"]
+            info, shape = demo["cameras"][view], demo["actions"]
+            n = info["n"]
             if shape and (len(shape) != 2 or shape[0] not in (n - 1, n)):
                 skipped[f"{file}:{name}"] = f"actions of shape {tuple(shape)} beside {n} frames"
                 continue
-            info = {"n": n, "fps": fps, "pts": [0, 1], "regular": True, "base": 1 / fps, "hw": demo["hw"]}
             actions, images = (file, f"data/{name}/actions"), f"data/{name}/obs/{view}"
             full = f"{os.path.relpath(file, base)}:{name}"
-            episodes.append(Episode(full, file, info, 0, n, shape[1] if shape else 0, actions, images))
-    return episodes, skipped
+            yield Episode(full, file, info, 0, n, shape[1] if shape else 0, actions, images)
 
 
-def lerobot_episodes(path, camera, split):
-    """What the metadata list: list of Episode, and {video:number: why it is skipped}"""
+def lerobot_episodes(path, camera, split, skipped):
+    """What the metadata list, each an Episode, but those that go into `skipped`"""
     optional("pyarrow.parquet")
     try:
         meta = LeRobot(path)
@@ -187,7 +176,6 @@ def lerobot_episodes(path, camera, split):
         why = f"--data {path}: its LeRobot metadata cannot be read ({type(error).__name__}: {error})"
         raise UserError(why.splitlines()[0]) from None
     videos = index(path, sorted({row.video for row in rows if os.path.exists(row.video)}), inspect_video)
-    episodes, skipped = [], {}
     for row in rows:
         video = videos.get(row.video, {"error": "no such file"})
         try:
@@ -195,10 +183,8 @@ def lerobot_episodes(path, camera, split):
         except UserError as error:
             skipped[f"{row.video}:{row.episode}"] = str(error)
             continue
-        info = video | {"fps": meta.fps}
         name, actions = f"episode {row.episode}", (row.table, row.episode)
-        episodes.append(Episode(name, row.video, info, first, row.n, meta.dims, actions))
-    return episodes, skipped
+        yield Episode(name, row.video, video | {"fps": meta.fps}, first, row.n, meta.dims, actions)
 
 
 def part_of(episodes, split):
@@ -237,9 +223,12 @@ class Options:
     def read(cls, path, given):
         """From {name: text}. Raises UserError for what makes no sense."""
         names = [field.name for field in fields(cls)]
-        for name in given:
+        choices = {"flip": ("vertical", "horizontal", "180"), "actions": ("sum", "last")}
+        for name, text in given.items():
             if name not in names:
                 raise UserError(f"--data {path}: no option @{name}; there are @{' @'.join(names)}")
+            if text not in choices.get(name, (text,)):
+                raise UserError(f"--data {path}: @{name}={text}: choose from {', '.join(choices[name])}")
         try:
             fps, stride = float(given.get("fps", 0)), int(given.get("stride", 1))
         except ValueError:
@@ -247,9 +236,6 @@ class Options:
         if stride < 1 or "fps" in given and not fps > 0 or {"fps", "stride"} <= set(given):
             raise UserError(f"--data {path}: @fps takes a number above 0, @stride a whole one; "
                             "only one of them")
-        for name, choices in (("flip", ("vertical", "horizontal", "180")), ("actions", ("sum", "last"))):
-            if name in given and given[name] not in choices:
-                raise UserError(f"--data {path}: @{name}={given[name]}: choose from {', '.join(choices)}")
         return cls(**{**given, "fps": fps, "stride": stride})
 
 
@@ -268,42 +254,34 @@ class Episodes(Dataset):
         every = len(found) + len(self.skipped)
         self.episodes, starts = [], []
         for e in part_of(found, split):
-            n = self.starts_in(e)
+            n, used = self.starts_in(e), len(e.times())
             if n > 0:
                 self.episodes.append(e)
                 starts.append(n)
             else:
-                half = " for this half" if e.high - e.low < e.n else ""
+                half = " for this half" if used < e.n else ""
                 name = os.path.join(base_of(path), e.name)
-                self.skipped[name] = f"{e.high - e.low} frames{half}, too short for a clip"
+                self.skipped[name] = f"{used} frames{half}, too short for a clip"
+        reasons = [f"{name}: {why}" for name, why in self.skipped.items()]
         if not self.episodes:
-            why = next((f": {name}: {why}" for name, why in self.skipped.items()), "")
-            raise UserError(f"--data {path}: no {split} clip of {frames} frames{why}")
-        if split != "heldout":
-            self.tell_skipped(every)
+            raise UserError(": ".join([f"--data {path}: no {split} clip of {frames} frames", *reasons[:1]]))
+        if reasons and split != "heldout":
+            more = "; ..." if len(reasons) > 5 else ""
+            tell(path, f"data: {path}: skips {len(reasons)} of {every}: {'; '.join(reasons[:5])}{more}")
         self.ends = np.cumsum(starts)                           # the clips of all episodes, counted through
         pixels = sum(e.n for e in self.episodes) * size * size
         self.quick = 3 * pixels < MEMORY // 4                   # decoded episodes stay in memory
         dims = {e.dims for e in self.episodes}
         self.labelled = len(dims) == 1 and dims != {0}          # true actions are known
 
-    def tell_skipped(self, every):
-        """Say what is wrong with the files that are skipped."""
-        if not self.skipped:
-            return
-        some = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:5])
-        more = "; ..." if len(self.skipped) > 5 else ""
-        tell(self.path, f"data: {self.path}: skips {len(self.skipped)} of {every}: {some}{more}")
-
     def starts_in(self, e):
         """At how many frames of an episode a clip may start. UserError: the file has too few a second."""
-        rate = self.options.fps
+        rate, times = self.options.fps, e.times()
         if not rate:
-            return e.high - e.low - self.options.stride * (self.frames - 1)
+            return len(times) - self.options.stride * (self.frames - 1)
         if rate > e.info["fps"] * 1.01:
             there = f"{e.file} has {e.info['fps']:g} frames a second"
             raise UserError(f"--data {self.path}: @fps={rate:g}, but {there}")
-        times = e.times()
         if len(times) == 0:
             return 0
         return int(np.searchsorted(times, times[-1] - (self.frames - 1) / rate + 1e-4, side="right"))
@@ -320,23 +298,16 @@ class Episodes(Dataset):
         """Frames (t, size, size, 3) uint8 of the clip that starts there; actions (t-1, a) float32, or None"""
         wanted = self.frames_from(e, start)
         key = (e.file, e.key, e.first, e.n, self.size, self.options.flip)
-        if self.quick and key not in KEPT and self.room():
+        room = MEMORY / getattr(get_worker_info(), "num_workers", 1)    # of all sources, and all workers
+        if self.quick and key not in KEPT and sum(images.nbytes for images in KEPT.values()) < room:
             KEPT[key] = e.read_frames(np.arange(e.n), self.fit)
-        if key in KEPT:
-            images = KEPT[key][wanted]
-        else:
-            images = e.read_frames(wanted, self.fit)
+        images = KEPT[key][wanted] if key in KEPT else e.read_frames(wanted, self.fit)
         if not self.labelled:
             return images, None
         every = e.read_actions()                                # action i leads from frame i to i+1
         if self.options.actions == "last":
             return images, np.stack([every[max(b - 1, 0)] for b in wanted[1:]])
         return images, np.stack([every[a:b].sum(0) for a, b in zip(wanted[:-1], wanted[1:])])
-
-    def room(self):
-        """Whether one more episode may stay in memory, which is shared by all sources and loader workers."""
-        workers = getattr(get_worker_info(), "num_workers", 1)
-        return sum(images.nbytes for images in KEPT.values()) < MEMORY / workers
 
     def fit(self, image):
         """An image (h, w, 3) as the clips have it: flipped, its centre square, resized"""

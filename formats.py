@@ -25,17 +25,13 @@ av.logging.set_level(av.logging.PANIC)      # what is wrong with a file is said 
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
 HDF5_ENDINGS = (".hdf5", ".h5")
 UNKNOWN_FPS = 24.0                          # frames a second, where a file does not say
-VERSION = 2                                 # of the index: what another one says of a file is found out anew
+VERSION = 3                                 # of the index: what another one says of a file is found out anew
 TOLD = set()                                # what was told about: sources, indices
 WRITE_EVERY = 20                            # seconds that a killed program may lose of its work on an index
 
 
 class UserError(Exception):
     """A user's mistake: one line that says what is wrong, where, and what would be right."""
-
-    def __str__(self):
-        """Without the traceback that torch puts before it when it comes from a loader's worker."""
-        return super().__str__().rpartition("formats.UserError: ")[2].rstrip()
 
 
 def first_line(error):
@@ -82,7 +78,7 @@ def inspect_video(file):
     """Decode a whole video, for the index. Raises UserError where that shows a fault; PyAV raises more.
 
     Returns a dict: `n` frames, their times `pts` and `regular` (see `frame_times`), `base` (seconds in a unit
-    of time), `fps`, `hw` (pixels), `actions` (shape of those beside it, or None).
+    of time), `fps`, `hw` (pixels), `dims` of the actions beside it (0: there are none).
     """
     if is_cut(file):
         raise UserError("its end is missing")
@@ -101,17 +97,18 @@ def inspect_video(file):
                 raise UserError("its frames have no times")
             pts.append(frame.pts)
         base = float(stream.time_base)
-    side = side_file(file)
-    steps = np.diff(pts)
+    n, side, steps = len(pts), side_file(file), np.diff(pts)
     if not pts:
         raise UserError("no frame in it")
     if (steps <= 0).any():
         raise UserError("the times of its frames do not increase")
-    fps = 1 / (np.mean(steps) * base) if len(pts) > 1 else UNKNOWN_FPS
-    regular = len(pts) > 1 and bool((steps == steps[0]).all())
-    return {"n": len(pts), "fps": round(fps, 4), "pts": [pts[0], int(steps[0])] if regular else pts,
-            "regular": regular, "base": base, "hw": [h, w],
-            "actions": list(read_side(side).shape) if side else None}
+    rows, dims = read_side(side).shape if side else (n, 0)
+    if rows not in (n - 1, n):
+        raise UserError(f"{rows} actions beside {n} frames")
+    fps = 1 / (np.mean(steps) * base) if n > 1 else UNKNOWN_FPS
+    regular = n > 1 and bool((steps == steps[0]).all())
+    return {"n": n, "fps": round(fps, 4), "pts": [pts[0], int(steps[0])] if regular else pts,
+            "regular": regular, "base": base, "hw": [h, w], "dims": dims}
 
 
 def is_cut(file):
@@ -139,19 +136,18 @@ def frame_times(info):
     return first + step * np.arange(info["n"])
 
 
-def read_video(file, info, wanted, seek=True, fit=np.asarray):
+def read_video(file, info, wanted, fit=np.asarray):
     """Some frames of a video, in a list. Raises UserError where it is not what it was when it was indexed.
 
     Args:
         wanted: (t,) numbers of frames, none smaller than the one before it.
-        seek: go to the key frame before them; where that fails, or without it, decode from the start.
         fit: what each frame, uint8 (h, w, 3), goes through as soon as it is decoded: large ones are not kept.
     """
     pts = frame_times(info)[wanted].tolist()
-    if wanted[0] == 0 or file.lower().endswith(".gif"):     # a GIF's frames build on each other
-        seek = False
-    for seeks in (True, False) if seek else (False,):
-        found = decode(file, pts, seeks, fit)
+    seekable = wanted[0] > 0 and not file.lower().endswith(".gif")      # a GIF's frames build on each other
+    # from the key frame before them; where that fails, from the start
+    for seek in (True, False) if seekable else (False,):
+        found = decode(file, pts, seek, fit)
         if len(found) == len(set(pts)):
             return [found[p] for p in pts]
     raise UserError(f"{file}: does not decode as it did when it was indexed")
@@ -178,7 +174,7 @@ def decode(file, pts, seek, fit):
 
 
 def inspect_hdf5(file):
-    """{demos: {name: {cameras: {key: n frames}, hw, fps, actions: shape or None}}, splits: {name: demos}}"""
+    """{demos: {name: {cameras: {key: as for a video}, actions: shape or None}}, splits: {name: demos}}"""
     with optional("h5py").File(file) as f:
         fps = UNKNOWN_FPS
         with contextlib.suppress(Exception):                    # many writers, many forms
@@ -195,16 +191,13 @@ def inspect_demo(demo, fps):
     """Cameras are what has uint8 images (n, h, w, 3) under `obs`."""
     cameras = {}
     for key, images in demo["obs"].items():
-        if getattr(images, "ndim", 0) != 4 or not len(images):  # a group has no ndim
-            continue
-        if images.dtype == np.uint8 and images.shape[-1] == 3:
+        # a group has no dtype
+        if getattr(images, "dtype", None) == np.uint8 and images.shape[3:] == (3,) and len(images):
             for i in (0, len(images) - 1):
                 images[i]                                       # h5py raises where it cannot be read
-            cameras[key] = images.shape
-    hw = next(iter(cameras.values()))[1:3] if cameras else (0, 0)
-    actions = demo["actions"].shape if "actions" in demo else None
-    return {"cameras": {key: shape[0] for key, shape in cameras.items()}, "hw": list(hw), "fps": fps,
-            "actions": list(actions) if actions else None}
+            cameras[key] = {"n": len(images), "fps": fps, "pts": [0, 1], "regular": True, "base": 1 / fps,
+                            "hw": images.shape[1:3]}
+    return {"cameras": cameras, "actions": demo["actions"].shape if "actions" in demo else None}
 
 
 def side_file(video):
@@ -217,12 +210,12 @@ def read_side(file):
     """Actions (n, a) float32 of a .npz or .json (under `actions`) or a .npy. Raises UserError for others."""
     if file.endswith(".json"):
         with open(file) as f:
-            actions = json.load(f)
-        actions = actions.get("actions", ()) if isinstance(actions, dict) else actions
+            found = json.load(f)
     else:
-        actions = np.load(file)
-        actions = actions["actions"] if file.endswith(".npz") else actions
-    actions = np.asarray(actions, np.float32)
+        found = np.load(file)
+    if not isinstance(found, (list, np.ndarray)):
+        found = found.get("actions", ())
+    actions = np.asarray(found, np.float32)
     if actions.ndim != 2 or not np.isfinite(actions).all():
         raise UserError(f"{os.path.basename(file)}: actions are not (n, a) finite numbers")
     return actions
@@ -257,13 +250,9 @@ class LeRobot:
         self.cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
         self.dims = int(np.prod(features.get("action", {"shape": [0]})["shape"]))
 
-    def place(self, pattern, **names):
-        """The file that a pattern of info.json stands for"""
-        return os.path.join(self.root, self.info[pattern].format(**names))
-
     def rows(self, camera, split=None):
         """A Row an episode, by number: all, or those of a split, which info.json gives as FIRST:END"""
-        rows = sorted(self.rows_v2(camera) if self.old else self.rows_v3(camera))
+        rows = sorted(self.row(camera, found) for found in self.listed(camera))
         if not split:
             return rows
         splits = self.info["splits"]
@@ -272,29 +261,26 @@ class LeRobot:
         first, end = map(int, splits[split].split(":"))
         return [row for row in rows if first <= row.episode < end]
 
-    def rows_v2(self, camera):
-        """A file lists them; where their videos are follows from their numbers."""
-        with open(os.path.join(self.root, "meta", "episodes.jsonl")) as f:
-            for row in map(json.loads, f):
-                e = row["episode_index"]
-                chunk = e // self.info.get("chunks_size", 1000)
-                names = dict(video_key=camera, episode_index=e, episode_chunk=chunk)
-                files = [self.place(pattern, **names) for pattern in ("data_path", "video_path")]
-                yield Row(e, int(row["length"]), 0.0, *files)
+    def listed(self, camera):
+        """What the metadata say of each episode, dicts; in version 3 with the numbers of its files"""
+        meta = os.path.join(self.root, "meta")
+        if self.old:
+            with open(os.path.join(meta, "episodes.jsonl")) as f:
+                return list(map(json.loads, f))
+        columns = [f"{part}/{k}_index" for part in ("data", f"videos/{camera}") for k in ("chunk", "file")]
+        columns += [f"videos/{camera}/from_timestamp", "episode_index", "length"]
+        files = glob.glob(f"{glob.escape(meta)}/episodes/**/*.parquet", recursive=True)
+        return optional("pyarrow.parquet").read_table(files, columns=columns, use_threads=False).to_pylist()
 
-    def rows_v3(self, camera):
-        """Tables list them, with the numbers of their files."""
-        video = f"videos/{camera}/"
-        columns = [prefix + k for prefix in ("data/", video) for k in ("chunk_index", "file_index")]
-        columns += [video + "from_timestamp", "episode_index", "length"]
-        meta = glob.escape(os.path.join(self.root, "meta"))
-        for file in glob.glob(os.path.join(meta, "episodes", "**", "*.parquet"), recursive=True):
-            table = optional("pyarrow.parquet").read_table(file, columns=columns, use_threads=False)
-            for row in table.to_pylist():
-                files = [self.place(pattern, video_key=camera, chunk_index=row[prefix + "chunk_index"],
-                                    file_index=row[prefix + "file_index"])
-                         for pattern, prefix in (("data_path", "data/"), ("video_path", video))]
-                yield Row(row["episode_index"], row["length"], row[video + "from_timestamp"], *files)
+    def row(self, camera, found):
+        """A Row of one of those dicts. In version 2 the files follow from the episode's number."""
+        e, files = found["episode_index"], []
+        chunk = e // self.info.get("chunks_size", 1000)
+        for pattern, part in (("data_path", "data"), ("video_path", f"videos/{camera}")):
+            names = {k: found.get(f"{part}/{k}") for k in ("chunk_index", "file_index")}
+            names |= dict(video_key=camera, episode_index=e, episode_chunk=chunk)
+            files.append(os.path.join(self.root, self.info[pattern].format(**names)))
+        return Row(e, int(found["length"]), found.get(f"videos/{camera}/from_timestamp", 0.0), *files)
 
     def locate(self, row, video):
         """The frame of an indexed video that an episode starts at. Raises UserError where they do not fit."""
@@ -324,6 +310,13 @@ def index(base, files, inspect):
         folder, name = "out", f"{name}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:12]}"
     path = os.path.join(folder, name)
     keys = {file: os.path.relpath(file, base) for file in files}
+
+    def look(file):
+        try:
+            return inspect(file)
+        except Exception as error:          # whatever a reader raises on a bad file
+            return {"error": first_line(error)}
+
     with contextlib.ExitStack() as lock:
         with contextlib.suppress(OSError):                      # where there are no locks nobody waits
             opened = os.open(base, os.O_RDONLY)
@@ -335,7 +328,7 @@ def index(base, files, inspect):
         title = f"index of {os.path.basename(base)}"
         hidden = True if len(fresh) < 20 else None              # None: unless on a terminal
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            infos, written = pool.map(lambda file: attempt(inspect, file), fresh), time.monotonic()
+            infos, written = pool.map(look, fresh), time.monotonic()
             for file, info in zip(fresh, tqdm(infos, title, len(fresh), disable=hidden, leave=False)):
                 known[keys[file]] = info | {"stamp": stamps[file]}
                 if file == fresh[-1] or time.monotonic() > written + WRITE_EVERY:
@@ -372,10 +365,3 @@ def stamp(file):
     """Size and time of change of a file, and of the actions beside it"""
     there = [os.stat(f) for f in (file, side_file(file)) if f and os.path.exists(f)]
     return [[s.st_size, s.st_mtime_ns] for s in there]
-
-
-def attempt(inspect, file):
-    try:
-        return inspect(file)
-    except Exception as error:              # whatever a reader raises on a bad file
-        return {"error": first_line(error)}

@@ -31,8 +31,8 @@ from judge import save_gif
 from metrics import wilson
 
 
-def proposals(mean, std, samples, beta=0.5, low=-1.0, high=1.0, generator=None):
-    """Action sequences around a mean (horizon, a), clipped: (samples, horizon, a)
+def proposals(mean, std, samples, beta=0.5, generator=None):
+    """Action sequences around a mean (horizon, a), clipped to [-1, 1]: (samples, horizon, a)
 
     The noise is correlated in time as in VP2 and PDDM (Nagabandi et al. 2019):
     n_t = beta n_(t-1) + (1 - beta) std e_t, n_1 = std e_1.
@@ -40,7 +40,7 @@ def proposals(mean, std, samples, beta=0.5, low=-1.0, high=1.0, generator=None):
     noise = torch.randn(samples, *mean.shape, generator=generator, device=mean.device) * std
     for t in range(1, len(mean)):
         noise[:, t] = beta * noise[:, t - 1] + (1 - beta) * noise[:, t]
-    return (mean + noise).clamp(low, high)
+    return (mean + noise).clamp(-1, 1)
 
 
 def cem(score, mean, std, samples=200, iterations=3, elites=0.05, bounded=False, beta=0.5, generator=None):
@@ -58,7 +58,7 @@ def cem(score, mean, std, samples=200, iterations=3, elites=0.05, bounded=False,
     for _ in range(iterations):
         if bounded:
             std = torch.minimum(std.expand_as(mean), (1 - mean.abs()) / 2)
-        x = proposals(mean, std, samples, beta, generator=generator)
+        x = proposals(mean, std, samples, beta, generator)
         scores = score(x)
         top = x[scores.topk(min(samples, max(4, int(elites * samples)))).indices]
         if scores.max() > best_score:
@@ -67,15 +67,13 @@ def cem(score, mean, std, samples=200, iterations=3, elites=0.05, bounded=False,
     return best
 
 
-def mppi(score, mean, std, samples=200, iterations=1, gamma=0.05, beta=0.5, generator=None):
+def mppi(score, mean, std, samples=200, gamma=0.05, beta=0.5, generator=None):
     """Model predictive path integral control: the mean of all sequences, weighted by exp(gamma * score).
 
     Williams et al. 2017. Arguments as for `cem`; returns the mean (horizon, a).
     """
-    for _ in range(iterations):
-        x = proposals(mean, std, samples, beta, generator=generator)
-        mean = torch.einsum("n,nta->ta", (gamma * score(x)).softmax(0), x)
-    return mean
+    x = proposals(mean, std, samples, beta, generator)
+    return torch.einsum("n,nta->ta", (gamma * score(x)).softmax(0), x)
 
 
 def shift(plan, steps):
@@ -143,28 +141,19 @@ def dream(world, frames, past, actions, seed, fps, context=1, steps=None, guidan
     return video[back][:, :, context:context + horizon]
 
 
-def simulate(copies, state, actions):
-    """What really happens: as `dream`, with n copies of the simulator."""
-    copies.set_state(np.repeat(state, len(actions), 0))
-    frames = []
-    for t in range(actions.shape[1]):
-        copies.step(actions[:, t].cpu().numpy())
-        frames.append(copies.render())
-    return to_video(torch.from_numpy(np.stack(frames, 1)), actions.device)
-
-
 class Episode:
     """A start-goal pair in closed loop: plan, act out the plan's first actions, look, plan again.
 
-    agent(make) returns what it plans by: imagine(episode, actions (n, horizon, a)) -> video (n, 3, horizon,
-    h, w) in [-1, 1], or None to act at random, the lower bound. make(n): n copies of the environment.
+    agent: it plans in a "world" or, as an "oracle", in the simulator; at "random" it has no plan.
     """
 
-    def __init__(self, args, device, agent, classifier, problem, seed):
+    def __init__(self, args, process, world, classifier, agent, problem, seed):
         make, self.goal, image = problem
-        self.args, self.classifier, self.seed = args, classifier, seed
-        self.env, self.imagine = make(1), agent(make)
-        for _ in range(UNCOUNTED[args.env]):
+        self.args, self.process, self.world, self.classifier = args, process, world, classifier
+        self.agent, self.seed, self.env, device = agent, seed, make(1), process.device
+        # for a plan, and for its candidates
+        self.copies = {n: make(n) for n in (1, args.samples)} if agent == "oracle" else {}
+        for _ in range(args.zero_actions_before):
             self.env.step(np.zeros((1, self.env.action_dim)))
         self.target = to_video(torch.from_numpy(image[None, None]), device)[0, :, 0]    # (3, h, w)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -172,13 +161,28 @@ class Episode:
         self.past = torch.zeros(0, self.env.action_dim, device=device)          # what was done (t-1, a)
         self.imagined = []                                                      # (3, h, w) after each action
 
+    def imagine(self, actions):
+        """What the agent expects of actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]"""
+        args = self.args
+        if self.agent == "world":
+            with self.process.autocast():
+                return dream(self.world, np.stack(self.frames), self.past, actions,
+                             self.seed + len(self.past), self.env.fps, args.context, args.sampling_steps,
+                             args.guidance)
+        copies, frames = self.copies[len(actions)], []
+        copies.set_state(np.repeat(self.env.get_state(), len(actions), 0))
+        for t in range(actions.shape[1]):
+            copies.step(actions[:, t].cpu().numpy())
+            frames.append(copies.render())
+        return to_video(torch.from_numpy(np.stack(frames, 1)), actions.device)
+
     def score(self, actions):
-        return reward(self.imagine(self, actions), self.target, self.classifier)
+        return reward(self.imagine(actions), self.target, self.classifier)
 
     def plan(self, mean, std):
         """Actions to come (horizon, a). mean: what is left of the last plan; std: of the noise around it."""
         args, noise = self.args, {"beta": self.args.beta, "generator": self.generator}
-        if not self.imagine:
+        if self.agent == "random":
             return proposals(torch.zeros_like(mean), std, 1, **noise)[0]
         if args.planner == "cem":
             bounded = args.env == "robodesk"
@@ -197,8 +201,8 @@ class Episode:
                 plan = self.plan(mean, std)
                 seconds.append(time.time() - began)
                 queue, mean = list(plan[:args.replan]), shift(plan, args.replan)
-                if self.imagine:
-                    self.imagined += self.imagine(self, plan[None, :args.replan])[0].unbind(1)
+                if self.agent != "random":
+                    self.imagined += self.imagine(plan[None, :args.replan])[0].unbind(1)
             action = queue.pop(0)[None]                                         # (1, a)
             self.env.step(action.cpu().numpy())
             self.past = torch.cat([self.past, action])
@@ -214,22 +218,6 @@ class Episode:
             return [seen, goal]
         imagined = torch.cat([seen[:, :, :1 + self.args.wait], torch.stack(self.imagined, 1).cpu()[None]], 2)
         return [seen, imagined[:, :, :seen.shape[2]], goal]
-
-
-def agents(args, process, world):
-    """{name: agent of an Episode}: those that the command line asks for"""
-    @process.autocast()
-    def dreamed(episode, actions):
-        return dream(world, np.stack(episode.frames), episode.past, actions, episode.seed + len(episode.past),
-                     episode.env.fps, args.context, args.sampling_steps, args.guidance)
-
-    def oracle(make):
-        copies = {n: make(n) for n in (1, args.samples)}        # for a plan, and for its candidates
-        return lambda episode, actions: simulate(copies[len(actions)], episode.env.get_state(), actions)
-
-    every = {"world": lambda make: dreamed, "random": lambda make: None, "oracle": oracle}
-    asked = {"world": world, "random": args.random, "oracle": args.oracle}
-    return {name: agent for name, agent in every.items() if asked[name]}
 
 
 def measure(start, task, pairs, args, picture):
@@ -258,31 +246,33 @@ def measure(start, task, pairs, args, picture):
 DEFAULT_GOALS = os.path.join("out", "goals")
 DEFAULTS = {
     "toy": dict(task=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0,
-                context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16),
+                context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16,
+                zero_actions_before=0),
     # VP2's, but for the sampler
     "robodesk": dict(task=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1,
-                     context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1], elites=0.05, sampling_steps=3, size=64),
+                     context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1], elites=0.05, sampling_steps=3, size=64,
+                     zero_actions_before=1),                    # they are not counted
 }
-UNCOUNTED = {"toy": 0, "robodesk": 1}       # zero actions before an episode begins; VP2 takes one
 SAMPLES = {"open_slide": 800, "open_drawer": 800}               # VP2's, of other tasks 200
 
 
-def problems(args, task, robot, size):
+def problems(args, task, robot):
     """Start-goal pairs of a task: (n -> n copies of the environment at the start, goal state, goal image)"""
     if args.env == "toy":
-        world, goals = toy.task_pairs(task, robot, args.pairs, size=size)
+        world, goals = toy.task_pairs(task, robot, args.pairs, size=args.size)
         starts = world.get_state()
         world.set_state(goals)
         images = world.render()
     else:
         if args.goals == DEFAULT_GOALS:
-            desk.make_goals(task, args.goals, args.pairs, size)
-        starts, images = zip(*desk.goals(task, args.goals, args.pairs, size))
+            desk.make_goals(task, args.goals, args.pairs, args.size)
+        starts, images = zip(*desk.goals(task, args.goals, args.pairs, args.size))
         starts, goals = np.stack(starts), [None] * len(starts)  # a desk needs no goal state to tell success
 
     def make(i, n):
         # 1000: the seed of `task_pairs`
-        env = toy.ToyWorld(robot, [i] * n, 1000, size) if args.env == "toy" else desk.Desk(n, size)
+        desks = args.env == "robodesk"
+        env = desk.Desk(n, args.size) if desks else toy.ToyWorld(robot, [i] * n, 1000, args.size)
         env.set_state(np.repeat(starts[i:i + 1], n, 0))
         return env
 
@@ -321,19 +311,17 @@ def parse(argv):
     add("--out", help="folder of results.json and GIFs (the run's, or out/plan-ENV), or to collect in")
     add("--collect", choices=("robodesk",), help="record episodes instead of planning; what is there stays")
     add("--episodes", type=count, default=400, help="to collect")
+    default = DEFAULTS[parser.parse_args(argv).env]
+    parser.set_defaults(**default)
     args = parser.parse_args(argv)
-    for k, v in DEFAULTS[args.env].items():
-        if k in args and getattr(args, k) is None:
-            setattr(args, k, v)
     if args.replan > args.horizon:
         parser.error(f"--replan {args.replan}: a plan has only --horizon {args.horizon} actions")
-    dims = len(DEFAULTS[args.env]["std"])
+    dims = len(default["std"])
     if len(args.std) not in (1, dims):
         parser.error(f"--std: takes 1 number{f' or {dims}' if dims > 1 else ''}, not {len(args.std)}")
-    known = DEFAULTS[args.env]["task"]
     for task in args.task:
-        if task not in known:
-            parser.error(f"--task {task}: {args.env} has {', '.join(known)}")
+        if task not in default["task"]:
+            parser.error(f"--task {task}: {args.env} has {', '.join(default['task'])}")
     if args.classifier and len(args.task) != 1:
         parser.error("--classifier: it knows one task; name it with --task")
     if not (args.ckpt or args.random or args.oracle or args.collect):
@@ -358,8 +346,7 @@ def open_world(args, device):
 
 def open_classifier(path, size, device):
     if size != 64:
-        raise UserError(f"--classifier {path}: VP2's classifier sees 64 x 64 pixels, "
-                        f"this world dreams {size} x {size}")
+        raise UserError(f"--classifier {path}: sees 64 x 64 pixels, this world dreams {size} x {size}")
     classifier = Classifier().to(device).eval()
     try:
         classifier.load_state_dict(torch.load(path, device, weights_only=True))
@@ -373,29 +360,27 @@ def main(argv):
     if args.collect:
         return desk.collect(args.out or os.path.join("data", args.collect), args.episodes, seed=args.seeds[0])
     process = Process.here(precision=args.precision)
-    world, robot, size, step = None, "held-out", DEFAULTS[args.env]["size"], None
-    out = args.out or os.path.join("out", f"plan-{args.env}")
+    world, robot, step = None, "held-out", None
+    out = args.out or (run_folder(args.ckpt) if args.ckpt else os.path.join("out", f"plan-{args.env}"))
     if args.ckpt:
-        world, robot, size, step = open_world(args, process.device)
-        out = args.out or run_folder(args.ckpt)
-    classifier = open_classifier(args.classifier, size, process.device) if args.classifier else None
+        world, robot, args.size, step = open_world(args, process.device)
+    classifier = open_classifier(args.classifier, args.size, process.device) if args.classifier else None
     open_results(out)
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
     apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")
     protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
-        "size": size, "precision": process.precision,
-        "cost": "pixels and classifier" if classifier else "pixels",
-        "zero actions before it": UNCOUNTED[args.env],
+        "precision": process.precision, "cost": "pixels and classifier" if classifier else "pixels",
         "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
+    asked = {"world": args.ckpt, "random": args.random, "oracle": args.oracle}
     for task in args.task:
         settings = Namespace(**vars(args) | {"samples": args.samples or SAMPLES.get(task, 200)})
-        pairs = problems(args, task, robot, size)
-        for name, agent in agents(settings, process, world).items():
-            start = partial(Episode, settings, process.device, agent, classifier)
-            picture = os.path.join(pictures, f"{task}-{name}")
-            rows[f"{task} {name}"] = measure(start, task, pairs, settings, picture)
+        pairs = problems(args, task, robot)
+        for agent in [name for name in asked if asked[name]]:
+            start = partial(Episode, settings, process, world, classifier, agent)
+            picture = os.path.join(pictures, f"{task}-{agent}")
+            rows[f"{task} {agent}"] = measure(start, task, pairs, settings, picture)
             save_results(out, args.ckpt, step, {"plan": rows}, protocol)
     table("plan", rows)
     print(", ".join(f"{k} {v}" for k, v in protocol.items()) + f"; {(time.time() - began) / 60:.1f} minutes")

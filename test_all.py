@@ -1210,20 +1210,19 @@ def test_the_goals_of_toy_tasks_solve_them(task):
 
 
 def test_a_toy_clip_is_the_same_in_whatever_batch_it_is_drawn():
-    source = ToyClips("robots", 20, 4)
+    source = clips("toy", 20, 4)
     assert torch.equal(source[range(300)]["video"][7], source[[7]]["video"][0])
 
 
 @pytest.mark.parametrize("other", [dict(split="heldout"), dict(seed=1)], ids=["split", "seed"])
 def test_toy_clips_of_another_split_or_seed_are_others(other):
-    clip = ToyClips("robots", 20, 4)[[7]]["video"]
-    assert not torch.equal(ToyClips("robots", 20, 4, **other)[[7]]["video"], clip)
+    clip = clips("toy", 20, 4)[[7]]["video"]
+    assert not torch.equal(clips("toy", 20, 4, **other)[[7]]["video"], clip)
 
 
 @pytest.mark.parametrize("make", [functools.partial(toy.robot_clips, "slide"), toy.web_clips],
                          ids=["robots", "web"])
 def test_long_toy_clips_begin_as_short_ones_do(make):
-    """They take more random numbers than a world has at first."""
     long, short = (make(range(3), 0, frames, 8) for frames in (500, 20))
     for a, b in zip(long, short) if isinstance(long, tuple) else [(long, short)]:
         assert len(a[0]) - len(b[0]) == 480
@@ -1231,7 +1230,7 @@ def test_long_toy_clips_begin_as_short_ones_do(make):
 
 
 def test_toy_robots_are_mixed_30_20_50():
-    which = ToyClips("robots", 20, 4)[range(300)]["source"]
+    which = clips("toy", 20, 4)[range(300)]["source"]
     share = torch.bincount(which) / 300
     torch.testing.assert_close(share, torch.tensor([0.3, 0.2, 0.5]), atol=0.08, rtol=0)
 
@@ -1765,14 +1764,15 @@ def test_a_film_that_is_gone_costs_its_clips_but_not_the_run(copied):
 
 
 @pytest.mark.filterwarnings("ignore:This process")              # torch warns of any fork
-def test_a_mistake_that_a_loaders_worker_finds_is_one_line(copied):
+def test_a_mistake_that_a_loaders_worker_finds_is_one_line(copied, monkeypatch):
     source = Episodes(str(copied), 8, 8)
     source.quick = False                    # else there is no worker
     for episode in source.episodes:
         os.remove(episode.file)
-    with pytest.raises(UserError) as error:
-        next(iter(loader(source, 2, 0, 1)))
-    assert str(error.value) == f"--data {copied}: 20 clips in a row cannot be read any more"
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        program(lambda _: next(iter(loader(source, 2, 0, 1))))
+    assert str(end.value) == f"train.py: --data {copied}: 20 clips in a row cannot be read any more"
 
 
 @pytest.mark.parametrize("room, kept", [(2 ** 30, 3), (20 * 8 * 8 * 3 + 1, 2), (1, 1)])
@@ -1932,7 +1932,7 @@ def test_ranks_share_each_batch_of_a_mixture(mixture):
 @pytest.mark.parametrize("data", ["mixture", "robots"])
 def test_another_clip_is_of_the_same_source_and_another_episode(data, mixture):
     # in 20 clips of these, some are alone of their source
-    dataset = mixture if data == "mixture" else ToyClips("robots", 8, 4)
+    dataset = mixture if data == "mixture" else clips("toy", 8, 4)
     for i in range(20):
         j = another(dataset, i)
         assert j > i
@@ -2460,7 +2460,7 @@ def test_a_world_that_ignores_actions_is_not_sensitive_to_them():
 def test_a_world_that_ignores_actions_dreams_equally_well_with_any():
     world = small_world()
     world.dit.action.forward = lambda a: torch.zeros(len(a), a.shape[1] + 1, 6, 16)
-    found, _, shown = predict(world, ToyClips("robots", 8, 4), 8, steps=2)
+    found, _, shown = predict(world, clips("toy", 8, 4), 8, steps=2)
     psnrs = {variant: numbers["psnr"] for variant, numbers in found.items()}
     assert psnrs["inferred"].shape == (8,)
     assert torch.equal(psnrs["inferred"], psnrs["shuffled"])
@@ -2472,16 +2472,16 @@ def test_the_loss_is_measured_on_clips_as_long_as_those_of_training():
     world, seen = small_world(), []
     world.cfg.window = 1                        # trained on two frames
     world.dit.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
-    found = loss_by_time(world, ToyClips("robots", 8, 6, split="heldout"), 70)
+    found = loss_by_time(world, clips("toy", 8, 6, split="heldout"), 70)
     assert set(seen) == {2}
-    alone = loss_by_time(world, ToyClips("robots", 8, 2, split="heldout"), 70)
+    alone = loss_by_time(world, clips("toy", 8, 2, split="heldout"), 70)
     assert found == pytest.approx(alone)
 
 
 def test_the_loss_of_another_seed_is_that_of_other_clips():
-    world, clips = small_world(), ToyClips("robots", 8, 6, split="heldout")
+    world, heldout = small_world(), clips("toy", 8, 6, split="heldout")
     world.cfg.window = 5
-    assert loss_by_time(world, clips, 8)["loss"] != loss_by_time(world, clips, 8, seed=1)["loss"]
+    assert loss_by_time(world, heldout, 8)["loss"] != loss_by_time(world, heldout, 8, seed=1)["loss"]
 
 
 def test_more_joint_codes_than_an_integer_holds_are_counted():
@@ -3869,9 +3869,9 @@ def refusal_of(capsys):
     A mistake in the flags ends it; of any other, `program` prints the line.
     """
     def refuse(main, *args):
-        with pytest.raises((SystemExit, UserError)) as end:
+        with pytest.raises((SystemExit, UserError, OSError)) as end:
             main([str(a) for a in args])
-        said = str(end.value) if end.type is UserError else capsys.readouterr().err
+        said = capsys.readouterr().err if end.type is SystemExit else str(end.value)
         lines = said.splitlines()
         assert len(lines) == 1, lines
         return lines[0]
@@ -4403,9 +4403,9 @@ def test_cem_within_bounds_looks_at_most_half_of_the_way_to_the_nearer_bound():
 
 def test_mppi_finds_an_optimum_over_warm_starts():
     mean, generator = torch.zeros(3, 2), seeded()
-    for _ in range(8):
-        mean = plan.mppi(near_target, mean, torch.tensor([0.2, 0.2]), samples=2000, iterations=4, gamma=50.0,
-                         beta=0.0, generator=generator)
+    for _ in range(32):
+        mean = plan.mppi(near_target, mean, torch.tensor([0.2, 0.2]), samples=2000, gamma=50.0, beta=0.0,
+                         generator=generator)
     assert torch.allclose(mean, TARGET.clamp(-1, 1), atol=0.05)
 
 
@@ -4443,9 +4443,9 @@ def test_proposals_are_correlated_in_time(correlated):
 
 
 def test_proposals_stay_within_bounds():
-    x = plan.proposals(torch.ones(2, 2), torch.ones(2), 100, low=-0.5, high=0.7, generator=seeded())
-    assert x.max() == pytest.approx(0.7)
-    assert x.min() == pytest.approx(-0.5)
+    x = plan.proposals(torch.zeros(2, 2), torch.ones(2), 100, generator=seeded())
+    assert x.max() == 1
+    assert x.min() == -1
 
 
 @pytest.mark.parametrize("steps, left", [(0, [0, 1, 2, 3]), (2, [2, 3, 3, 3]), (5, [3, 3, 3, 3])])
@@ -4679,7 +4679,7 @@ def test_an_episode_on_a_robodesk_begins_after_a_zero_action_as_in_vp2(desks, mo
     step = env.step
     monkeypatch.setattr(env, "step", lambda actions: took.append(actions) or step(actions))
     problem = (lambda n: env), None, env.render()[0]
-    episode = plan.Episode(plan.parse(["--random", "--env", "robodesk"]), "cpu", lambda make: None, None,
+    episode = plan.Episode(plan.parse(["--random", "--env", "robodesk"]), Process(), None, None, "random",
                            problem, 0)
     assert [a.tolist() for a in took] == [[[0.0] * 5]]
     assert len(episode.past) == 0                               # it is not counted

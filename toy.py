@@ -45,21 +45,12 @@ BLOCKS = np.array([(60, 200, 80), (90, 220, 130), (40, 170, 60)])   # shades of 
 class Rolls:
     """Uniform numbers in [0, 1) of many seeded worlds, handed out in order; no row depends on the others."""
 
-    def __init__(self, seed, indices, n=2048):
-        self.seed, self.indices, self.at = seed, indices, 0
-        self.roll(n)
-
-    def roll(self, n):
-        """Make n numbers a world: (worlds, n). They begin alike, however many there are."""
-        self.u = np.stack([np.random.default_rng((self.seed, int(i))).random(n) for i in self.indices])
+    def __init__(self, seed, indices):
+        self.worlds = [np.random.default_rng((seed, int(i))) for i in indices]
 
     def __call__(self, *shape):
         """The next ones: (n, *shape)"""
-        k = int(np.prod(shape))
-        self.at += k
-        if self.at > self.u.shape[1]:
-            self.roll(2 * self.at)
-        return self.u[:, self.at - k:self.at].reshape(len(self.u), *shape)
+        return np.stack([world.random(shape) for world in self.worlds])
 
 
 def draw(image, shape, x, y, size, color):

@@ -51,13 +51,7 @@ class ResBlock(nn.Module):
 
 
 def resnets(cin, cout, n, block):
-    return nn.ModuleList(block(cin if i == 0 else cout, cout) for i in range(n))
-
-
-def through(blocks, x):
-    for block in blocks:
-        x = block(x)
-    return x
+    return nn.Sequential(*[block(cin if i == 0 else cout, cout) for i in range(n)])
 
 
 def posterior(moments, sample):
@@ -123,7 +117,7 @@ class ImageCoder(nn.Module):
         if self.up:
             x = self.mid_block(x)
         for level in self.up_blocks if self.up else self.down_blocks:
-            x = through(level["resnets"], x)
+            x = level["resnets"](x)
             if "upsamplers" in level:
                 x = level["upsamplers"][0]["conv"](F.interpolate(x, scale_factor=2.0))
             if "downsamplers" in level:
@@ -137,8 +131,7 @@ class ImageVAE(nn.Module):
     """Frame by frame, `micro_batch` frames at a time so that memory stays bounded."""
 
     def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
-                 latent_channels=4,
-                 scaling_factor=0.18215, micro_batch=4):
+                 latent_channels=4, scaling_factor=0.18215, micro_batch=4):
         super().__init__()
         z, widths = latent_channels, list(block_out_channels)
         self.stride, self.scaling, self.micro_batch = 2 ** (len(widths) - 1), scaling_factor, micro_batch
@@ -148,25 +141,20 @@ class ImageVAE(nn.Module):
             "quant_conv": nn.Conv2d(2 * z, 2 * z, 1),
             "post_quant_conv": nn.Conv2d(z, z, 1)})
 
-    def by_frame(self, f, video):
+    def by_frame(self, video, *names):
+        """What the modules of these names, one after the other, make of each frame"""
+        modules = nn.Sequential(*[self.module[name] for name in names])
         frames = rearrange(video, "b c t h w -> (b t) c h w")
-        frames = torch.cat([f(part) for part in frames.split(self.micro_batch)])
+        frames = torch.cat([modules(part) for part in frames.split(self.micro_batch)])
         return rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
 
     def encode(self, video, sample=False):
         """video (b, 3, t, h, w) in [-1, 1] -> (b, 4, t, h/8, w/8)"""
-        moments = self.by_frame(self.moments, video)
-        return posterior(moments, sample) * self.scaling
+        return posterior(self.by_frame(video, "encoder", "quant_conv"), sample) * self.scaling
 
     def decode(self, latents):
         """(b, 4, t, h/8, w/8) -> (b, 3, t, h, w)"""
-        return self.by_frame(self.frames, latents / self.scaling)
-
-    def moments(self, frames):
-        return self.module["quant_conv"](self.module["encoder"](frames))
-
-    def frames(self, latents):
-        return self.module["decoder"](self.module["post_quant_conv"](latents))
+        return self.by_frame(latents / self.scaling, "post_quant_conv", "decoder")
 
 
 # the temporal VAE ------------------------------------------------------------------------------------
@@ -199,11 +187,10 @@ class TimeEncoder(nn.Module):
 
     def forward(self, x):
         x = self.conv_in(x)
-        for i, blocks in enumerate(self.block_res_blocks):
-            x = through(blocks, x)
-            if i < len(self.conv_blocks):
-                x = self.conv_blocks[i](x)
-        return self.conv2(F.silu(self.norm1(through(self.res_blocks, x))))
+        *levels, last = self.block_res_blocks
+        for blocks, resize in zip(levels, self.conv_blocks):
+            x = resize(blocks(x))
+        return self.conv2(F.silu(self.norm1(self.res_blocks(last(x)))))
 
 
 class TimeDecoder(nn.Module):
@@ -221,9 +208,9 @@ class TimeDecoder(nn.Module):
         self.halve = halve
 
     def forward(self, x):
-        x = through(self.res_blocks, self.conv1(x))
+        x = self.res_blocks(self.conv1(x))
         for i in reversed(range(len(self.block_res_blocks))):
-            x = through(self.block_res_blocks[i], x)
+            x = self.block_res_blocks[i](x)
             if i and self.halve[i - 1]:
                 x = rearrange(self.conv_blocks[i - 1](x), "b (c two) l h w -> b c (l two) h w", two=2)
         return self.conv_out(F.silu(self.norm1(x)))
@@ -310,11 +297,9 @@ class OpenSoraVAE(nn.Module):
         if l != self.latent_frames(frames):
             raise ValueError(f"{l} latent frames, but {frames} frames have {self.latent_frames(frames)}")
         chunks = (latents * self.scale + self.shift).split(self.latent_frames(self.chunk), 2)
-        x = []
-        for i, chunk in enumerate(chunks):
-            left = frames - i * self.chunk
-            x.append(self.temporal_vae.decode(chunk, min(self.chunk, left)))
-        return self.spatial_vae.decode(torch.cat(x, 2)).float()
+        lengths = [min(self.chunk, frames - first) for first in range(0, frames, self.chunk)]
+        x = torch.cat([self.temporal_vae.decode(*pair) for pair in zip(chunks, lengths)], 2)
+        return self.spatial_vae.decode(x).float()
 
 
 def load_opensora_vae(path):
