@@ -5005,7 +5005,8 @@ def logs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.gif").write_bytes(b"GIF")
     keys, made = [*figures.CODEBOOK, *figures.ALIGN, "psnr", "controllability"], []
-    columns = ("l1", "l1_constant", "r2", "psnr", "ssim", "controllability", "success", *figures.CODEBOOK)
+    columns = ("l1", "l1_constant", "r2", "loss", "psnr", "ssim", "controllability", "success",
+               *figures.CODEBOOK)
 
     def train(lab, run, seed):
         made.append((run, seed))
@@ -5022,7 +5023,8 @@ def logs(tmp_path, monkeypatch):
     def measure(lab, task, ckpt, seed):
         train(lab, ckpt.split("@")[0], seed)
         rows = [f"{r}{v}" for r in reproduce.ROBOTS for v in ("", " inferred", " fdm", " copy")]
-        rows += ["training", "inferred, held-out", "adapter, held-out", "inferred", "adapted", "copy"]
+        rows += ["training", "inferred, held-out", "adapter, held-out", "inferred", "adapted", "copy",
+                 "robots none"]
         agents = ("world", "random", "oracle") if task == "plan-bounds" else ("world",)
         rows += [f"{goal} {agent}" for goal in ("reach", "push") for agent in agents]
         cells = dict.fromkeys(columns, [seed + len(ckpt)])
@@ -5042,11 +5044,13 @@ def test_every_target_writes_its_numbers_and_its_picture(logs, capsys):
     needs("matplotlib")
     needs("scipy")
     reproduce.main(["all", "--seeds", "0", "1", "2"])
-    reproduce.main(["causes", "--seeds", "0", "1", "2"])
+    for target in ("pretrained", "causes"):
+        reproduce.main([target, "--seeds", "0", "1", "2"])
     drawn = {"fig2", "fig3", "fig4a", "fig4b", "fig5", "warmup", "causes"}
     files = {f for f in os.listdir("out/reproduce") if os.path.isfile(os.path.join("out/reproduce", f))}
     assert files == {f"{t}.png" for t in drawn} | {"fig6.gif"} | {f"{t}.json" for t in reproduce.TARGETS}
-    assert {run for run, _ in logs} == set(reproduce.RUNS) - {"pretrained"}         # a parent of the others
+    assert {run for run, _ in logs} == set(reproduce.RUNS)
+    assert rows_of("pretrained") == {"as it is": {"loss": [11, 12, 13]}}
     assert rows_of("causes")["naive, as it is"] == rows_of("causes")["warm-up, as it is"]
 
 
