@@ -68,16 +68,16 @@ def find_episodes(path, camera=None, split=None):
     """The kind of what lies at a path, list of Episode, {file or file:episode: why it is skipped}"""
     if not os.path.exists(path):
         raise UserError(f"--data {path}: no such file or folder")
-    skipped, single = {}, os.path.isfile(path)
+    skipped = {}
     if os.path.isfile(os.path.join(path, "meta", "info.json")):
         return "LeRobot", list(lerobot_episodes(path, camera, split, skipped)), skipped
-    files = [path] if single else sorted(files_in(path, skipped))
+    files = sorted(files_in(path, skipped))
     hdf5 = [file for file in files if file.lower().endswith(HDF5_ENDINGS)]
     if hdf5:
         return "HDF5", list(hdf5_episodes(path, hdf5, camera, split, skipped)), skipped
     if split or camera:
         raise UserError(f"--data {path}: plain videos have no @split and no @camera")
-    videos = files if single else [file for file in files if file.lower().endswith(VIDEO_ENDINGS)]
+    videos = [file for file in files if file.lower().endswith(VIDEO_ENDINGS) or file == path]
     if not videos:
         endings, why = " ".join(VIDEO_ENDINGS), "".join(f"; {name}: {why}" for name, why in skipped.items())
         raise UserError(f"--data {path}: no video ({endings}), HDF5 or LeRobot data in this folder{why}")
@@ -128,22 +128,16 @@ def choose_camera(path, cameras, wanted):
 def video_episodes(path, files, skipped):
     """Each file an Episode, but those that go into `skipped`, with the reason"""
     base = base_of(path)
-    for file, info in index(base, files, inspect_video).items():
-        if "error" in info:
-            skipped[file] = info["error"]
-        else:
-            name, actions = os.path.relpath(file, base), (side_file(file), None)
-            yield Episode(name, file, info, 0, info["n"], info["dims"], actions)
+    for file, info in index(base, files, inspect_video, skipped).items():
+        name, actions = os.path.relpath(file, base), (side_file(file), None)
+        yield Episode(name, file, info, 0, info["n"], info["dims"], actions)
 
 
 def hdf5_episodes(path, files, camera, split, skipped):
     """Each demonstration an Episode, but those that go, with the whole file or not, into `skipped`"""
     optional("h5py")        # where it is missing, no file is at fault
     base = base_of(path)
-    for file, found in index(base, files, inspect_hdf5).items():
-        if "error" in found:
-            skipped[file] = found["error"]
-            continue
+    for file, found in index(base, files, inspect_hdf5, skipped).items():
         if split and split not in found["splits"]:
             there = ", ".join(found["splits"]) or "none"
             raise UserError(f"--data {path}: @split={split}: {file} has {there}")
@@ -175,16 +169,16 @@ def lerobot_episodes(path, camera, split, skipped):
     except Exception as error:              # whatever broken metadata make the readers raise
         why = f"--data {path}: its LeRobot metadata cannot be read ({type(error).__name__}: {error})"
         raise UserError(why.splitlines()[0]) from None
-    videos = index(path, sorted({row.video for row in rows if os.path.exists(row.video)}), inspect_video)
+    faults = {}
+    videos = index(path, sorted({row.video for row in rows}), inspect_video, faults)
     for row in rows:
-        video = videos.get(row.video, {"error": "no such file"})
         try:
-            first = meta.locate(row, video)
-        except UserError as error:
-            skipped[f"{row.video}:{row.episode}"] = str(error)
+            first = meta.locate(row, videos[row.video])
+        except (KeyError, UserError) as error:                  # the video cannot be read, or does not fit
+            skipped[f"{row.video}:{row.episode}"] = faults.get(row.video, str(error))
             continue
-        name, actions = f"episode {row.episode}", (row.table, row.episode)
-        yield Episode(name, row.video, video | {"fps": meta.fps}, first, row.n, meta.dims, actions)
+        name, actions, info = f"episode {row.episode}", (row.table, row.episode), videos[row.video]
+        yield Episode(name, row.video, info | {"fps": meta.fps}, first, row.n, meta.dims, actions)
 
 
 def part_of(episodes, split):

@@ -284,8 +284,6 @@ class LeRobot:
 
     def locate(self, row, video):
         """The frame of an indexed video that an episode starts at. Raises UserError where they do not fit."""
-        if "error" in video:
-            raise UserError(video["error"])
         times = frame_times(video)
         seconds = (times - times[0]) * video["base"]            # (n,)
         first = int(np.abs(seconds - row.at).argmin())
@@ -299,8 +297,8 @@ class LeRobot:
         return first
 
 
-def index(base, files, inspect):
-    """{file: what `inspect` says of it, or {"error": why it cannot}}, kept in `base`, else in `out`
+def index(base, files, inspect, skipped):
+    """{file: what `inspect` says of it}, kept in `base`, else in `out`; why it cannot goes into `skipped`.
 
     It is renewed for files whose size or time of change differs. Other processes wait for the one that does.
     """
@@ -334,7 +332,9 @@ def index(base, files, inspect):
                 if file == fresh[-1] or time.monotonic() > written + WRITE_EVERY:
                     write_index(path, known)
                     written = time.monotonic()
-    return {file: known[keys[file]] for file in files}
+    found = {file: known[keys[file]] for file in files}
+    skipped |= {file: info["error"] for file, info in found.items() if "error" in info}
+    return {file: info for file, info in found.items() if "error" not in info}
 
 
 def read_index(path):
