@@ -4493,11 +4493,6 @@ def test_proposals_stay_within_bounds():
     assert x.min() == -1
 
 
-@pytest.mark.parametrize("steps, left", [(0, [0, 1, 2, 3]), (2, [2, 3, 3, 3]), (5, [3, 3, 3, 3])])
-def test_what_is_left_of_a_plan_ends_in_its_last_action(steps, left):
-    assert plan.shift(torch.arange(4.0)[:, None], steps)[:, 0].tolist() == left
-
-
 def black_and_white():
     """A black video and a white one, of 4 frames: (2, 3, 4, 64, 64)"""
     return torch.stack([torch.full((3, 4, 64, 64), shade) for shade in (-1.0, 1.0)])
