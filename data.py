@@ -132,15 +132,9 @@ class Mixture(Dataset):
         which = self.which(indices)
         rows = [np.flatnonzero(which == s) for s in range(len(self.sources))]
         parts = [source[[indices[i] for i in r]] for source, r in zip(self.sources, rows) if len(r)]
-        back = torch.from_numpy(np.argsort(np.concatenate(rows)))   # to the order that was asked for
+        back = torch.from_numpy(np.argsort(np.concatenate(rows)))   # to the order asked for
         batch = {k: torch.cat([part[k] for part in parts])[back] for k in ("video", "fps")}
         return batch | {"source": torch.from_numpy(which)}
-
-
-def robots(*how):
-    """The mixture of embodiments that `toy` stands for. how: what `ToyClips` takes after its source."""
-    made = [ToyClips(name, *how) for name in toy.MIXTURE]
-    return Mixture(list(toy.MIXTURE), made, list(toy.MIXTURE.values()), (made[0].stream, 1))
 
 
 def sources(data):
@@ -190,7 +184,8 @@ def clips(data, size, frames, seed=0, split="train"):
         names.append(name)
         weights.append(weight)
         if path in ("toy", "robots") and not options:
-            made.append(robots(size, frames, seed, split))
+            robots = [ToyClips(robot, size, frames, seed, split) for robot in toy.MIXTURE]
+            made.append(Mixture([*toy.MIXTURE], robots, [*toy.MIXTURE.values()], (robots[0].stream, 1)))
         elif path in TOY and not options:
             made.append(ToyClips(path, size, frames, seed, split))
         else:
@@ -224,12 +219,11 @@ def another(dataset, i, tries=1000):
 def loader(dataset, batch, start, stop, rank=0, ranks=1):
     """For each of the steps start..stop-1, this rank's share of its global batch of `batch` clips."""
     local = batch // ranks
-    firsts = [step * batch + rank * local for step in range(start, stop)]
+    firsts = range(start * batch + rank * local, stop * batch, batch)
     numbers = [range(first, first + local) for first in firsts]
     cuda = torch.cuda.is_available()
-    workers = 0 if dataset.quick else 1     # on a CPU one takes a core from training
-    if cuda:
-        workers = 4
+    # on a CPU a worker takes a core from training
+    workers = 4 if cuda else int(not dataset.quick)
     return DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=cuda,
                       worker_init_fn=undisturbed)
 
@@ -275,10 +269,10 @@ def peek(path, dataset, names, n=12, columns=4, side=128):
             x, y = i % columns * (side + 4), i // columns * (side + 28)
             frame = Image.fromarray(clip["video"][0, t].numpy())
             page.paste(frame.resize((side, side), Image.Resampling.NEAREST), (x, y))
-            write.text((x, y + side), f"{name} {float(clip['fps']):.3g} fps", "black")
+            text = f"{name} {float(clip['fps']):.3g} fps\n"
             if "actions" in clip and t < clip["actions"].shape[1]:
-                numbers = clip["actions"][0, t][:4].tolist()
-                write.text((x, y + side + 12), " ".join(f"{a:+.2f}" for a in numbers), "black")
+                text += " ".join(f"{a:+.2f}" for a in clip["actions"][0, t][:4].tolist())
+            write.text((x, y + side), text, "black")
         pages.append(np.asarray(page))
     with whole(path) as part, open(part, "wb") as f:
         f.write(imageio.imwrite("<bytes>", np.stack(pages), extension=".gif", duration=250, loop=0))

@@ -108,13 +108,12 @@ class Desk:
         self.reset(seed)
 
     def reset(self, seed=0):
-        """Robot and objects at random places, the same in all n: states (n, 73)"""
+        """Put robot and objects at random places, the same in all n."""
         before = np.random.get_state()
-        np.random.seed(seed)                                    # the environment draws from this global state
+        np.random.seed(seed)                    # the environment draws from this global state
         self.env.reset()
         np.random.set_state(before)
         self.set_state(np.repeat(self._read()[None], self.n, 0))
-        return self.get_state()
 
     def _read(self):
         """The state (73,) that the simulator is in"""
@@ -153,7 +152,7 @@ class Desk:
             try:
                 self.env.step(np.clip(actions[i], -1, 1))
                 self.states[i] = self._read()
-            except self.env.unstable:                           # it diverged: the desk stays as it was
+            except self.env.unstable:           # it diverged: the desk stays as it was
                 self.loaded = None
         return self.get_state()
 
@@ -216,9 +215,8 @@ def write_episode(path, frames, labels, fps):
         stream = file.add_stream("libx264", rate=fps, options={"crf": "0"})     # only colours lose a little
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
-        file.mux(stream.encode(None))
+        for frame in [*map(av.VideoFrame.from_ndarray, frames), None]:          # None: the end
+            file.mux(stream.encode(frame))
 
 
 def collect(folder, episodes, size=64, seed=0, steps=15):
@@ -248,11 +246,11 @@ def make_goals(task, folder, n, size=64, steps=24):
             continue
         desk.reset(2 ** 31 + i + 1)                             # no seed of `collect`
         if task == "open_drawer":                               # a script is weak at it
-            frames, labels = pull_drawer(desk)
+            episode = pull_drawer(desk)
         else:
-            frames, labels = play(desk, task, desk.script(task), steps, until_success=True)
-        if labels["success"]:
-            write_episode(path, frames, labels, desk.fps)
+            episode = play(desk, task, desk.script(task), steps, until_success=True)
+        if episode[1]["success"]:
+            write_episode(path, *episode, desk.fps)
 
 
 def pull_drawer(desk):

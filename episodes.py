@@ -59,8 +59,7 @@ class Episode:
             actions = np.asarray(table["action"].to_pylist(), np.float32).reshape(len(table), -1)
         fits = len(actions) in (self.n - 1, self.n) and actions.shape[1:] == (self.dims,)
         if not fits or not np.isfinite(actions).all():
-            raise UserError(f"{file}: actions {actions.shape} for the {self.n} frames of an episode, "
-                            "or not all of them finite")
+            raise UserError(f"{file}: actions {actions.shape} for {self.n} frames, or not all finite")
         return actions
 
 
@@ -139,8 +138,7 @@ def hdf5_episodes(path, files, camera, split, skipped):
     base = base_of(path)
     for file, found in index(base, files, inspect_hdf5, skipped).items():
         if split and split not in found["splits"]:
-            there = ", ".join(found["splits"]) or "none"
-            raise UserError(f"--data {path}: @split={split}: {file} has {there}")
+            raise UserError(f"--data {path}: @split={split}: {file} has {list(found['splits'])}")
         for name, demo in found["demos"].items():
             if split and name not in found["splits"][split]:
                 continue
@@ -174,7 +172,7 @@ def lerobot_episodes(path, camera, split, skipped):
     for row in rows:
         try:
             first = meta.locate(row, videos[row.video])
-        except (KeyError, UserError) as error:                  # the video cannot be read, or does not fit
+        except (KeyError, UserError) as error:              # the video cannot be read, or does not fit
             skipped[f"{row.video}:{row.episode}"] = faults.get(row.video, str(error))
             continue
         name, actions, info = f"episode {row.episode}", (row.table, row.episode), videos[row.video]
@@ -228,8 +226,7 @@ class Options:
         except ValueError:
             fps = stride = 0                                    # refused just below
         if stride < 1 or "fps" in given and not fps > 0 or {"fps", "stride"} <= set(given):
-            raise UserError(f"--data {path}: @fps takes a number above 0, @stride a whole one; "
-                            "only one of them")
+            raise UserError(f"--data {path}: @fps takes a number above 0, @stride a whole one; not both")
         return cls(**{**given, "fps": fps, "stride": stride})
 
 
@@ -262,9 +259,9 @@ class Episodes(Dataset):
         if reasons and split != "heldout":
             more = "; ..." if len(reasons) > 5 else ""
             tell(path, f"data: {path}: skips {len(reasons)} of {every}: {'; '.join(reasons[:5])}{more}")
-        self.ends = np.cumsum(starts)                           # the clips of all episodes, counted through
-        pixels = sum(e.n for e in self.episodes) * size * size
-        self.quick = 3 * pixels < MEMORY // 4                   # decoded episodes stay in memory
+        self.ends = np.cumsum(starts)           # the clips of all episodes, counted through
+        # decoded episodes stay in memory
+        self.quick = 3 * size * size * sum(e.n for e in self.episodes) < MEMORY // 4
         dims = {e.dims for e in self.episodes}
         self.labelled = len(dims) == 1 and dims != {0}          # true actions are known
 
@@ -274,8 +271,7 @@ class Episodes(Dataset):
         if not rate:
             return len(times) - self.options.stride * (self.frames - 1)
         if rate > e.info["fps"] * 1.01:
-            there = f"{e.file} has {e.info['fps']:g} frames a second"
-            raise UserError(f"--data {self.path}: @fps={rate:g}, but {there}")
+            raise UserError(f"--data {e.file}: @fps={rate:g}, but it has {e.info['fps']:g} frames a second")
         if len(times) == 0:
             return 0
         return int(np.searchsorted(times, times[-1] - (self.frames - 1) / rate + 1e-4, side="right"))
@@ -335,7 +331,7 @@ class Episodes(Dataset):
     def clip_number(self, i):
         """Clip i, always the same: frames, actions, frames a second"""
         rng = np.random.default_rng((*self.seed, i))
-        for _ in range(20):                                     # a file that has gone bad does not stop a run
+        for _ in range(20):                     # a file that has gone bad does not stop a run
             k, at = self.place(rng)
             e, before = self.episodes[k], self.ends[k - 1] if k else 0
             try:

@@ -25,9 +25,9 @@ av.logging.set_level(av.logging.PANIC)      # what is wrong with a file is said 
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
 HDF5_ENDINGS = (".hdf5", ".h5")
 UNKNOWN_FPS = 24.0                          # frames a second, where a file does not say
-VERSION = 3                                 # of the index: what another one says of a file is found out anew
+VERSION = 3                                 # of the index; one of another version is made anew
 TOLD = set()                                # what was told about: sources, indices
-WRITE_EVERY = 20                            # seconds that a killed program may lose of its work on an index
+WRITE_EVERY = 20                            # seconds of work on an index that may be lost
 
 
 class UserError(Exception):
@@ -121,7 +121,7 @@ def is_cut(file):
             return f.read() != b";"
     if head.startswith(b"RIFF"):
         return 8 + int.from_bytes(head[4:8], "little") > size
-    at = head.find(b"\x18\x53\x80\x67") + 4                     # Matroska: the length of its segment
+    at = head.find(b"\x18\x53\x80\x67") + 4                 # Matroska: the length of its segment
     width = 9 - int.from_bytes(head[at:at + 1], "big").bit_length()
     unknown = 2 ** (7 * width) - 1
     length = int.from_bytes(head[at:at + width], "big") & unknown
@@ -144,8 +144,8 @@ def read_video(file, info, wanted, fit=np.asarray):
         fit: what each frame, uint8 (h, w, 3), goes through as soon as it is decoded: large ones are not kept.
     """
     pts = frame_times(info)[wanted].tolist()
-    seekable = wanted[0] > 0 and not file.lower().endswith(".gif")      # a GIF's frames build on each other
-    # from the key frame before them; where that fails, from the start
+    # from the key frame before them; from the start where that fails, and in a GIF, which builds up
+    seekable = wanted[0] > 0 and not file.lower().endswith(".gif")
     for seek in (True, False) if seekable else (False,):
         found = decode(file, pts, seek, fit)
         if len(found) == len(set(pts)):
@@ -179,8 +179,7 @@ def inspect_hdf5(file):
         fps = UNKNOWN_FPS
         with contextlib.suppress(Exception):                    # many writers, many forms
             given = float(json.loads(f["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
-            if 0 < given < float("inf"):
-                fps = given
+            fps = given if 0 < given < float("inf") else fps
         names = sorted(f["data"], key=lambda name: (len(name), name))       # demo_2 before demo_10
         demos = {name: inspect_demo(f["data"][name], fps) for name in names}
         splits = {k: [name.decode() for name in v[()]] for k, v in f.get("mask", {}).items()}
@@ -194,7 +193,7 @@ def inspect_demo(demo, fps):
         # a group has no dtype
         if getattr(images, "dtype", None) == np.uint8 and images.shape[3:] == (3,) and len(images):
             for i in (0, len(images) - 1):
-                images[i]                                       # h5py raises where it cannot be read
+                images[i]                                   # h5py raises where it cannot be read
             cameras[key] = {"n": len(images), "fps": fps, "pts": [0, 1], "regular": True, "base": 1 / fps,
                             "hw": images.shape[1:3]}
     return {"cameras": cameras, "actions": demo["actions"].shape if "actions" in demo else None}
@@ -316,7 +315,7 @@ def index(base, files, inspect, skipped):
             return {"error": first_line(error)}
 
     with contextlib.ExitStack() as lock:
-        with contextlib.suppress(OSError):                      # where there are no locks nobody waits
+        with contextlib.suppress(OSError):                  # where there are no locks nobody waits
             opened = os.open(base, os.O_RDONLY)
             lock.callback(os.close, opened)
             fcntl.flock(opened, fcntl.LOCK_EX)

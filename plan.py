@@ -76,11 +76,6 @@ def mppi(score, mean, std, samples=200, gamma=0.05, beta=0.5, generator=None):
     return torch.einsum("n,nta->ta", (gamma * score(x)).softmax(0), x)
 
 
-def shift(plan, steps):
-    """What is left of a plan (horizon, a) after some steps, with its last action repeated."""
-    return torch.cat([plan[steps:], plan[-1:].expand(min(steps, len(plan)), -1)])
-
-
 class Classifier(nn.Module):
     """VP2's success classifier of 64 x 64 images, under the names of its published weights."""
 
@@ -125,7 +120,7 @@ def dream(world, frames, past, actions, seed, fps, context=1, steps=None, guidan
     seen; past: (t-1, a), what was done; context: how many frames the dream starts from at most.
     """
     r, horizon = world.vae.time_stride, actions.shape[1]
-    context = 1 + (min(context, len(frames)) - 1) // r * r                      # whole latent frames
+    context = 1 + (min(context, len(frames)) - 1) // r * r                  # whole latent frames
     done = past[len(past) - context + 1:].expand(len(actions), -1, -1)
     beyond = actions[:, -1:].expand(-1, -horizon % r, -1)
     actions = torch.cat([done, actions, beyond], 1)                             # (n, t-1, a)
@@ -157,9 +152,9 @@ class Episode:
             self.env.step(np.zeros((1, self.env.action_dim)))
         self.target = to_video(torch.from_numpy(image[None, None]), device)[0, :, 0]    # (3, h, w)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.frames = [self.env.render()[0]]                                    # what was seen
-        self.past = torch.zeros(0, self.env.action_dim, device=device)          # what was done (t-1, a)
-        self.imagined = []                                                      # (3, h, w) after each action
+        self.frames = [self.env.render()[0]]                            # what was seen
+        self.past = torch.zeros(0, self.env.action_dim, device=device)  # what was done (t-1, a)
+        self.imagined = []                                              # (3, h, w) after each action
 
     def imagine(self, actions):
         """What the agent expects of actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]"""
@@ -200,7 +195,8 @@ class Episode:
                 began = time.time()
                 plan = self.plan(mean, std)
                 seconds.append(time.time() - began)
-                queue, mean = list(plan[:args.replan]), shift(plan, args.replan)
+                queue = list(plan[:args.replan])
+                mean = torch.cat([plan[args.replan:], plan[-1:].expand(args.replan, -1)])
                 if self.agent != "random":
                     self.imagined += self.imagine(plan[None, :args.replan])[0].unbind(1)
             action = queue.pop(0)[None]                                         # (1, a)
@@ -222,22 +218,17 @@ class Episode:
 
 def measure(start, task, pairs, args, picture):
     """A row of the table, {column: [values]}: start(problem, seed) are episodes of start-goal pairs"""
-    success, seconds = [], []
-    bar = tqdm(total=len(pairs) * len(args.seeds), desc=os.path.basename(picture), dynamic_ncols=True,
-               disable=None, leave=False)
-    for seed in args.seeds:
-        won = []
-        for i, problem in enumerate(pairs):
-            episode = start(problem, (seed * 1000 + i) * 1000)
-            solved, took = episode.run(task)
-            save_gif(f"{picture}-{seed}-{i:02d}.gif", episode.videos())
-            won.append(solved)
-            if took:
-                seconds.append(np.mean(took))
-            bar.update()
-            bar.set_postfix_str(f"success {np.mean(won):.2f}")
-        success.append(float(np.mean(won)))
-    bar.close()
+    won, seconds = [], []
+    runs = tqdm([(seed, i) for seed in args.seeds for i in range(len(pairs))], os.path.basename(picture),
+                dynamic_ncols=True, disable=None, leave=False)
+    for seed, i in runs:
+        episode = start(pairs[i], (seed * 1000 + i) * 1000)
+        solved, took = episode.run(task)
+        save_gif(f"{picture}-{seed}-{i:02d}.gif", episode.videos())
+        won.append(solved)
+        seconds += took
+        runs.set_postfix_str(f"success {np.mean(won):.2f}")
+    success = np.reshape(won, (len(args.seeds), len(pairs))).mean(1).tolist()
     low, high = wilson(np.mean(success), len(pairs))
     return {"success": success, "seconds a plan": [float(np.mean(seconds))] if seconds else [],
             "low": [low], "high": [high], "pairs": [len(pairs)], "samples": [args.samples]}
@@ -336,7 +327,7 @@ def open_world(args, device):
     if not world.adapter:
         raise UserError(f"{args.ckpt}: has no adapter from real actions; make one: "
                         f"train.py --mode adapt --init {args.ckpt} --data SOURCE")
-    robot = toy.EMBODIMENTS.get(config["data"])                 # whose actions may be as many as a desk's
+    robot = toy.EMBODIMENTS.get(config["data"])             # whose actions may be as many as a desk's
     body = robot if args.env == "toy" else None if robot else desk.Desk
     if body is None or world.adapter.action_dim != body.action_dim:
         raise UserError(f"{args.ckpt}: is adapted to the {world.adapter.action_dim}-dimensional actions of "
@@ -350,7 +341,7 @@ def open_classifier(path, size, device):
     classifier = Classifier().to(device).eval()
     try:
         classifier.load_state_dict(torch.load(path, device, weights_only=True))
-    except Exception as error:                                  # whatever a wrong file makes torch raise
+    except Exception as error:              # whatever a wrong file makes torch raise
         raise UserError(f"--classifier {path}: not VP2's classifier ({first_line(error)})") from None
     return classifier
 

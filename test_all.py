@@ -3445,13 +3445,13 @@ def test_too_little_memory_gets_one_line(monkeypatch, capsys):
 
 def test_loader_workers_leave_signals_to_their_parent():
     assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
-    clips = ToyClips("cross", 8, 2)
+    clips, others = ToyClips("cross", 8, 2), set(torch.multiprocessing.active_children())
     ignoring = loader(clips, 1, 0, 1).worker_init_fn
     batches = torch.utils.data.DataLoader(clips, batch_size=None, sampler=[[i] for i in range(40)],
                                           num_workers=2, worker_init_fn=ignoring, prefetch_factor=1)
     for i, _ in enumerate(batches):
         if i == 2:
-            workers = torch.multiprocessing.active_children()
+            workers = set(torch.multiprocessing.active_children()) - others
             assert len(workers) == 2
             for worker in workers:
                 os.kill(worker.pid, signal.SIGTERM)
@@ -4449,11 +4449,6 @@ def test_proposals_stay_within_bounds():
     x = plan.proposals(torch.zeros(2, 2), torch.ones(2), 100, generator=seeded())
     assert x.max() == 1
     assert x.min() == -1
-
-
-@pytest.mark.parametrize("steps, left", [(0, [0, 1, 2, 3]), (2, [2, 3, 3, 3]), (5, [3, 3, 3, 3])])
-def test_what_is_left_of_a_plan_ends_in_its_last_action(steps, left):
-    assert plan.shift(torch.arange(4.0)[:, None], steps)[:, 0].tolist() == left
 
 
 def black_and_white():

@@ -97,7 +97,6 @@ class ToyWorld:
         jitter = self.rolls(1, 3)[:, 0] * 20 - 10
         self.table = np.clip(np.array(self.body.table) + jitter, 0, 255)            # (n, 3)
         self.colors = BLOCKS[self.rolls(len(BLOCKS)).argsort(1)[:, :self.blocks]]   # (n, blocks, 3)
-        return self.get_state()
 
     def get_state(self):
         """(n, 1 + blocks, 2) integer lattice positions (x, y), robot first"""

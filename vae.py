@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(cin), conv(cin, cout, 3)
         self.norm2, self.conv2 = norm(cout), conv(cout, cout, 3)
-        self.shortcut = shortcut if cin != cout else None               # its name in the released weights
+        self.shortcut = shortcut if cin != cout else None       # its name in the released weights
         if self.shortcut:
             self.add_module(shortcut, conv(cin, cout, 1))
 
@@ -60,7 +60,7 @@ def posterior(moments, sample):
     return mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean) if sample else mean
 
 
-# the image VAE ---------------------------------------------------------------------------------------
+# the image VAE -----------------------------------------------------------------------------------
 
 
 class PixelAttention(nn.Module):
@@ -157,7 +157,7 @@ class ImageVAE(nn.Module):
         return self.by_frame(latents / self.scaling, "post_quant_conv", "decoder")
 
 
-# the temporal VAE ------------------------------------------------------------------------------------
+# the temporal VAE --------------------------------------------------------------------------------
 
 
 class CausalConv3d(nn.Module):
@@ -238,7 +238,7 @@ class TimeVAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))[:, :, -frames % self.stride:]
 
 
-# both ------------------------------------------------------------------------------------------------
+# both --------------------------------------------------------------------------------------------
 
 
 class OpenSoraVAE(nn.Module):
@@ -314,7 +314,7 @@ def load_opensora_vae(path):
     config, read = open_weights(path)
     try:
         with torch.device("meta"):
-            chunk = config.get("micro_frame_size", 17) or 10 ** 6               # null: clips are never cut
+            chunk = config.get("micro_frame_size", 17) or 10 ** 6       # null: clips are never cut
             vae = OpenSoraVAE(config.get("spatial", {}), config.get("temporal", {}), chunk)
     except Exception as error:                  # whatever odd sizes make torch's modules raise
         raise ValueError(f"{path}: config.json does not fit ({error})") from None

@@ -1,5 +1,6 @@
 """Weights that others released: open the file, map it into memory, account for every tensor."""
 
+import contextlib
 import json
 import os
 import zipfile
@@ -36,14 +37,11 @@ def read_config(file):
     """The JSON object in a file; {} if there is no file."""
     if not os.path.isfile(file):
         return {}
-    try:
-        with open(file) as f:
-            settings = json.load(f)
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return settings
+    with contextlib.suppress(ValueError), open(file) as f:
+        settings = json.load(f)
+        if isinstance(settings, dict):
+            return settings
+    raise ValueError(f"{file}: not a JSON object")
 
 
 def read_tensors(file):
