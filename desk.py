@@ -208,7 +208,6 @@ def play(desk, task, actions, steps, until_success=False):
 
 def write_episode(path, frames, labels, fps):
     """Arrays `labels` as path.npz and `frames` (t, h, w, 3) uint8 as path.mp4; where that is, all is."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     with whole(path + ".npz") as part, open(part, "wb") as file:
         np.savez(file, **labels)
     with whole(path + ".mp4") as part, av.open(part, "w", format="mp4") as file:
@@ -221,6 +220,7 @@ def write_episode(path, frames, labels, fps):
 
 def collect(folder, episodes, size=64, seed=0, steps=15):
     """Record the episodes that are not in the folder yet: 70 % scripted with noise, 30 % random."""
+    os.makedirs(folder, exist_ok=True)
     desk = Desk(1, size)
     for i in tqdm(range(episodes), "recording", dynamic_ncols=True, disable=None):
         rng = np.random.default_rng((seed, i))
@@ -236,6 +236,7 @@ def collect(folder, episodes, size=64, seed=0, steps=15):
 
 def make_goals(task, folder, n, size=64, steps=24):
     """Record start-goal pairs as goal_TASK_i until there are n: scripted episodes that succeed."""
+    os.makedirs(folder, exist_ok=True)
     desk = Desk(1, size)
     pattern = os.path.join(glob.escape(folder), f"goal_{task}_*.mp4")
     for i in itertools.count():

@@ -164,7 +164,7 @@ class Episode:
                 return dream(self.world, np.stack(self.frames), self.past, actions,
                              self.seed + len(self.past), self.env.fps, args.context, args.sampling_steps,
                              args.guidance)
-        copies, frames = self.copies[len(actions)], []
+        copies, frames = self.copies[len(actions)], []                  # what really happens
         copies.set_state(np.repeat(self.env.get_state(), len(actions), 0))
         for t in range(actions.shape[1]):
             copies.step(actions[:, t].cpu().numpy())
@@ -196,6 +196,7 @@ class Episode:
                 plan = self.plan(mean, std)
                 seconds.append(time.time() - began)
                 queue = list(plan[:args.replan])
+                # what is left of it, with its last action repeated
                 mean = torch.cat([plan[args.replan:], plan[-1:].expand(args.replan, -1)])
                 if self.agent != "random":
                     self.imagined += self.imagine(plan[None, :args.replan])[0].unbind(1)
@@ -237,8 +238,7 @@ def measure(start, task, pairs, args, picture):
 DEFAULT_GOALS = os.path.join("out", "goals")
 DEFAULTS = {
     "toy": dict(task=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0,
-                context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16,
-                zero_actions_before=0),
+                context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16, zero_actions_before=0),
     # VP2's, but for the sampler
     "robodesk": dict(task=desk.TASKS, planner="mppi", samples=None, horizon=10, replan=1, steps=15, wait=1,
                      context=2, std=[0.5, 0.5, 0.5, 0.1, 0.1], elites=0.05, sampling_steps=3, size=64,
