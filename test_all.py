@@ -387,6 +387,31 @@ def test_reading_a_cache_leaves_it_as_it_is():
     assert torch.equal(go_on(), go_on())
 
 
+@pytest.mark.parametrize("rows, convolved", [(256, True), (255, False), (128, False), (264, False)])
+def test_a_large_linear_layer_is_a_convolution_where_mkl_is_slow(rows, convolved, monkeypatch):
+    monkeypatch.setattr(transformer, "CONVOLVE", True)
+    calls, conv2d = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *args: calls.append(1) or conv2d(*args))
+    torch.manual_seed(0)
+    ours = transformer.Linear(5, 7)
+    x = torch.randn(rows, 5).requires_grad_()
+    plain = torch.nn.functional.linear(x, ours.weight, ours.bias)
+    leaves = [x, ours.weight, ours.bias]
+    want = torch.autograd.grad(plain.square().sum(), leaves)
+    made = ours(x)
+    assert bool(calls) == convolved
+    assert torch.allclose(made, plain, atol=1e-5)
+    for got, grad in zip(torch.autograd.grad(made.square().sum(), leaves), want, strict=True):
+        assert torch.allclose(got, grad, rtol=1e-4, atol=1e-3)
+
+
+def test_rope_is_the_same_where_it_is_compiled(monkeypatch):
+    x = torch.randn(2, 3, 5, 8, generator=seeded())
+    plain = transformer.rope(x, 4)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.allclose(transformer.rope(x, 4), plain, atol=1e-6)
+
+
 @pytest.mark.parametrize("shift, pixels, frames, r", [
     ("auto", 512 ** 2, 4, 2),
     ("auto", 256 ** 2, 16, 2),

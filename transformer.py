@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROWS = 8192
 
 
-def without_mkl():
+def mkl_is_slow():
     """Whether MKL, to which torch gives matrix products, leaves AVX-512 unused: on processors of AMD"""
     try:
         with open("/proc/cpuinfo") as f:
@@ -28,7 +28,7 @@ def without_mkl():
     return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-CONVOLVE = without_mkl()
+CONVOLVE = mkl_is_slow()
 
 
 class Linear(nn.Linear):
