@@ -65,9 +65,10 @@ class IDM(nn.Module):
         video = resize(video, self.cfg.size)
         x = self.patch(patchify(video, self.cfg.patch)) + self.pos              # (b, t, s, width)
         x = torch.cat([repeat(self.queries, "k d -> b t k d", b=b, t=t), x], 2)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.out(self.norm(x[:, 1:, :k]))
+        x = self.blocks[-1](x, keep=k)          # of the last block only the queries are read
+        return self.out(self.norm(x[:, 1:]))
 
 
 class FDM(nn.Module):

@@ -286,6 +286,12 @@ def without_vq(lam):
     return lam
 
 
+def test_the_last_block_of_the_idm_computes_only_what_is_read():
+    torch.manual_seed(0)
+    block, x = transformer.Block(32, 2), torch.randn(3, 4, 6, 32)
+    torch.testing.assert_close(block(x, keep=2), block(x)[:, :, :2], rtol=1e-5, atol=1e-6)
+
+
 def test_fdm_error_alone_reaches_the_idm():
     lam = without_vq(small_world().lam)
     lam(video())[0].backward()

@@ -118,9 +118,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(d // heads, eps=1e-6)
         self.proj = Linear(d, d)
 
-    def forward(self, x, past=None):
-        """x (b, s, d), past (k, v) as for `extend` or None -> (b, s, d), and (k, v) of past and x"""
+    def forward(self, x, past=None, keep=None):
+        """x (b, s, d), past (k, v) as for `extend` or None -> (b, s, d), and (k, v) of past and x
+
+        keep: only the first so many tokens ask, and are returned; None: all.
+        """
         q, k, v = rearrange(self.qkv(x), "b s (three n e) -> three b n s e", three=3, n=self.heads)
+        q = q[:, :, :keep]
         # under autocast a float32 weight would keep torch from its fused kernel, and q and k in float32
         q, k = (F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
                 for x, norm in ((q, self.q_norm), (k, self.k_norm)))
@@ -163,11 +167,12 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = nn.LayerNorm(d), MLP(d, ratio)
         self.has_spatial, self.has_temporal = spatial, temporal
 
-    def forward(self, x):
+    def forward(self, x, keep=None):
+        """x (b, t, s, d) -> the same shape; or, where nobody reads the rest, its first `keep` tokens alone"""
         b, t, s, d = x.shape
         if self.has_spatial:
-            y, _ = self.spatial(self.spatial_norm(x).view(b * t, s, d))
-            x = x + y.view(b, t, s, d)
+            y, _ = self.spatial(self.spatial_norm(x).view(b * t, s, d), keep=keep)
+            x = x[:, :, :keep] + y.view(b, t, -1, d)
         if self.has_temporal:
             y = rearrange(self.temporal_norm(x), "b t s d -> (b s) t d")
             y, _ = self.temporal(y)
