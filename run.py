@@ -391,6 +391,7 @@ def describe(cfg, process, world, groups, absent, needs):
     for name in absent:
         print(f"  --{name} {getattr(cfg, name)}: not there yet; a run needs it")
     if cfg.dry_run:
+        print(f"  evaluations: {needs['evaluations'][1]:.2f} GB a process")
         card = fits(max(peak for _, peak in needs.values()))
         none = f"no card of {CARDS[-1]} GB: raise --accumulate, or --activation_checkpointing"
         print(f"  in {process.precision} fits {f'a card of {card} GB' if card else none}")

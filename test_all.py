@@ -3531,32 +3531,34 @@ def test_the_papers_preset_is_counted_without_being_built(tmp_path):
     done = run("train.py", "--preset", "opensora", "--dry_run", cwd=tmp_path)
     for words in ("action 73.37 M", "body 904.07 M", "warmup: 8000 steps on videos, trains action + lam",
                   "e2e: 52000 steps", "GB a process", "batch 128",
+                  "fits no card of 80 GB: raise --accumulate",
                   "--vae_weights OpenSora-VAE-v1.2: not there yet"):
         assert words in done.stdout, words
 
 
 def most_bytes(step):
     """Bytes that step() has at any moment, beside what there was before, as torch's profiler records them"""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as seen:
         step()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]    # negative where it is freed
     return np.cumsum(sizes).max()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("args", [
     "",
+    "--precision bf16",
     "--mode two-stage --odd 0",
     "--hidden 384 --heads 6 --lam_width 384 --size 32 --batch 4 --pretrain 0",
     "--frames 6 --depth 8 --lam_depth 6 --lam_size 32 --activation_checkpointing --pretrain 0",
     "--frames 4 --accumulate 2 --warmup 0",
     f"--frames 5 --eval_frames 5 --size 64 --vae_weights {VAE} --patch 2 --pretrain 0",
-    "--mode adapt --init run",
-])
-def test_memory_is_what_a_step_takes_at_most(args, precision):
+    "--mode adapt --init run --precision bf16",
+], ids=["tiny", "bf16", "two-stage", "wide", "recomputed", "in-parts", "vae", "adapt"])
+def test_memory_is_what_a_step_takes_at_most(args):
     cfg = parse(args.split())
-    world, process = build(replace(cfg, init="none")), Process(precision=precision)
+    world, process = build(replace(cfg, init="none")), Process.here("cpu", cfg.precision)
     if cfg.mode == "adapt":
         world.adapter = Adapter(2, world.lam.cfg)
     world.lam.quantize = True
@@ -3585,8 +3587,22 @@ def test_memory_is_what_a_step_takes_at_most(args, precision):
         model = train.begin(cfg, process, world, phase, groups, optimizer, ())
         step()                                                  # makes moments
         moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
-        print(phase.name, peak, (weights + moments + most_bytes(step)) / 1e9)
         assert peak == pytest.approx((weights + moments + most_bytes(step)) / 1e9, rel=0.05), phase.name
+
+
+@pytest.mark.parametrize("gigabytes, card", [(6.8, 8), (6.9, 16), (22, 24), (76, 80), (77, None)])
+def test_a_card_has_room_for_cuda_too(gigabytes, card):
+    assert running.fits(gigabytes) == card
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "in fp32 fits a card of 8 GB"),
+    (["--batch", "100000"], "in fp32 fits no card of 80 GB: raise --accumulate"),
+    (["--batch", "100000", "--accumulate", "1000"], "in fp32 fits a card of 8 GB"),
+])
+def test_a_dry_run_names_the_smallest_card_that_it_fits(args, words, capsys):
+    train.main(["--device", "cpu", "--dry_run", "--mode", "two-stage", "--pretrain", "0", *args])
+    assert words in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -4899,7 +4915,7 @@ def test_bench_prints_its_numbers_in_sentences(benched):
                  id="some fit"),
 ])
 def test_bench_trains_on_the_clips_that_fit(gigabytes, clips, said, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "memory", lambda *_: (3.0, 2.0))                 # weights, a clip
+    monkeypatch.setattr(bench, "memory", lambda cfg, world, phase, process, n: (3.0, 3.0 + 2.0 * n))
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": gigabytes, "SC_PAGE_SIZE": 1e9}.get)
     assert bench.clips_that_fit(Config(), Process()) == clips
     assert said in capsys.readouterr().out

@@ -15,6 +15,7 @@ import warnings
 from argparse import Namespace
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -170,7 +171,7 @@ def memory(cfg, world, phase, process, clips):
     A step is made as in `train`, but of fake tensors, which have shapes and no values, and what lives at any
     moment is counted. They are a CPU's; the fused optimizer of `train` takes no more.
     """
-    world, rows = deepcopy(world), phases(cfg)
+    world = deepcopy(world)
     if cfg.mode == "adapt" and not world.adapter:               # --data is not there yet
         world.adapter = Adapter(1, world.lam.cfg)
     alone = Process(precision=process.precision)
@@ -178,9 +179,11 @@ def memory(cfg, world, phase, process, clips):
         groups = parameter_groups(world.to_empty(device="cpu"))
         optimizer = adamw(cfg, groups)
         # a first step makes moments, which stay, of all that has trained by the end of the phase
-        for name in {name for row in rows[:rows.index(phase) + 1] for name in row.trains}:
-            for p in groups[name]:
+        for row in phases(cfg):
+            for p in (p for name in row.trains for p in groups[name]):
                 p.grad = torch.empty_like(p)
+            if row.name == phase.name:
+                break
         optimizer.step()
         model = begin(cfg, alone, world, phase, groups, optimizer, ())
         if cfg.activation_checkpointing:
@@ -198,9 +201,10 @@ def memory(cfg, world, phase, process, clips):
             # the VAE sees one clip: many would take it long, for little beside what training on them takes
             latents = world.vae.encode(video[:1]).expand(clips, -1, -1, -1, -1)
             loss, _ = LOSSES[phase.loss][1](phase, world, model, clip, video, Draw(0), latents)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(world.parameters(), MAX_NORM)
-        optimizer.step()
+        if phase.trains:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(world.parameters(), MAX_NORM)
+            optimizer.step()
     return state / 1e9, peak.most / 1e9
 
 
@@ -323,6 +327,9 @@ def prepare_and_train(cfg, process):
     if process.master:
         share, rows = process.ranks * cfg.accumulate, phases(cfg) if cfg.dry_run else []
         needs = {row.name: memory(cfg, world, row, process, row.batch // share) for row in rows}
+        if rows:                                # judge.infer and judge.loss_by_time take 64 clips at once
+            row = replace(rows[-1], name="evaluations", trains=())
+            needs[row.name] = memory(cfg, world, row, process, 64)
         describe(cfg, process, world, groups, absent, needs)
     if cfg.dry_run:
         return
