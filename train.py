@@ -169,7 +169,7 @@ def memory(cfg, world, phase, process, clips):
     """GB that a process needs for steps of so many clips: of weights, gradients and moments, and in all.
 
     A step is made as in `train`, but of fake tensors, which have shapes and no values, and what lives at any
-    moment is counted. They are a CPU's; the fused optimizer of `train` takes no more.
+    moment is counted. They are a CPU's, on any device. What kernels take for themselves does not count.
     """
     world = deepcopy(world)
     if cfg.mode == "adapt" and not world.adapter:               # --data is not there yet
@@ -193,7 +193,7 @@ def memory(cfg, world, phase, process, clips):
         if process.ranks * cfg.accumulate > 1:                  # gradients are there before the backward pass
             for p in trains:
                 p.grad = torch.empty_like(p)
-        peak.most = 0
+        peak.most = 0                                           # the first step does not count
         video = torch.empty(clips, 3, cfg.frames, cfg.size, cfg.size)
         actions = torch.empty(clips, cfg.frames - 1, world.adapter.action_dim if world.adapter else 0)
         clip = {"fps": torch.empty(clips), "actions": actions}
