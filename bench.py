@@ -58,7 +58,7 @@ def clips_that_fit(cfg, process):
     with torch.device("meta"):
         world = build(cfg, {"dit_weights", "vae_weights"})
     wanted = max(1, cfg.batch // cfg.accumulate)
-    one, most = (memory(cfg, world, phases(cfg)[-1], process, clips)[1] for clips in (1, wanted))
+    one = memory(cfg, world, phases(cfg)[-1], process, 1)[1]
     if process.cuda:
         room = 0.9 * torch.cuda.mem_get_info(process.device)[0] / 1e9
     else:                                       # half of the machine's, whose other half others may have
@@ -66,6 +66,7 @@ def clips_that_fit(cfg, process):
     here = f"GB, of which there are {room:.1f} here"
     if one > room:
         raise UserError(f"--preset {cfg.preset}: a training step of one clip takes about {one:.1f} {here}")
+    most = memory(cfg, world, phases(cfg)[-1], process, wanted)[1]
     if most <= room:
         return wanted
     fit = 1 + int((room - one) / (most - one) * (wanted - 1))   # each clip adds as much as the last, or more
