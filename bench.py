@@ -28,8 +28,7 @@ from data import Parser, number, program
 from flow import Draw, sample
 from formats import UserError, whole
 from lam import Adapter
-from run import memory
-from train import parameter_groups
+from train import memory
 from transformer import KVCache
 
 
@@ -58,20 +57,21 @@ def clips_that_fit(cfg, process):
     """Clips of a training step: the preset's, unless they would take too much memory; then it says so."""
     with torch.device("meta"):
         world = build(cfg, {"dit_weights", "vae_weights"})
-    state, clip = memory(cfg, world, parameter_groups(world), phases(cfg)[-1], process.precision)
+    wanted = max(1, cfg.batch // cfg.accumulate)
+    one = memory(cfg, world, phases(cfg)[-1], process, 1)[1]
     if process.cuda:
         room = 0.9 * torch.cuda.mem_get_info(process.device)[0] / 1e9
     else:                                       # half of the machine's, whose other half others may have
         room = 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    wanted, fit = max(1, cfg.batch // cfg.accumulate), int((room - state) / clip)
     here = f"GB, of which there are {room:.1f} here"
-    if fit < 1:
-        one = f"a training step of one clip takes about {state + clip:.1f}"
-        raise UserError(f"--preset {cfg.preset}: {one} {here}")
-    if fit < wanted:
-        print(f"{cfg.preset}: {wanted} clips a step would take about {state + wanted * clip:.1f} {here}; "
-              f"trains on {fit}")
-    return min(fit, wanted)
+    if one > room:
+        raise UserError(f"--preset {cfg.preset}: a training step of one clip takes about {one:.1f} {here}")
+    most = memory(cfg, world, phases(cfg)[-1], process, wanted)[1]
+    if most <= room:
+        return wanted
+    fit = 1 + int((room - one) / (most - one) * (wanted - 1))   # each clip adds as much as the last, or more
+    print(f"{cfg.preset}: {wanted} clips a step would take about {most:.1f} {here}; trains on {fit}")
+    return fit
 
 
 def training(world, cfg, batch, process):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -16,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from checkpoint import newest, save
@@ -25,6 +28,7 @@ from judge import RESULTS, align, clips_to_align, loss_by_time, report, save_gif
 from metrics import codebook_metrics, collapsed
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
+CARDS = (8, 16, 24, 40, 80)     # GB
 
 
 @contextmanager
@@ -333,36 +337,41 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-def memory(cfg, world, groups, phase, precision):
-    """Estimate of a process's memory in GB: that of the weights, their gradients and moments, and that of
-    the activations of a clip.
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors while this is entered: those that `live`, and the `most` at any moment."""
 
-    Weights are float32, and under autocast bf16 too. Activations are counted by bytes saved a token, unit of
-    width and block (measured with saved-tensor hooks, in bf16; in float32 they are 1.4 times as many).
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.known = 0, 0, weakref.WeakSet()
+
+    def add(self, x):
+        storage = x.untyped_storage()           # views share it
+        if storage not in self.known:
+            self.known.add(storage)
+            weakref.finalize(storage, self.free, storage.nbytes())
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+
+    def free(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, out)
+        return out
+
+
+def fits(gigabytes):
+    """The smallest card (GB of its name, which are 2^30 bytes) that holds so much, or None.
+
+    Of a card 1 GB is for CUDA's context and libraries, and of the rest a tenth for gaps that the allocator
+    leaves between tensors and for what kernels take for themselves: both are our guess.
     """
-    trained = sum(count(groups[name]) for name in phase.trains if name in groups)
-    bf16 = precision == "bf16"
-    state = (6 if bf16 else 4) * count(world.parameters()) + 12 * trained
-    dit, lam = world.dit.cfg, world.lam.cfg
-    frame = lam.width * ((lam.size // lam.patch) ** 2 + lam.tokens)
-    transitions = cfg.frames - 1
-    seen = 4 * transitions if lam.odd else cfg.frames           # each pair of frames, in both directions
-    side = cfg.size // (dit.patch * world.vae.pixel_stride)
-    dreamed = world.vae.latent_frames(cfg.frames) * dit.hidden * side ** 2
-    saved = []                                  # (tokens x width, blocks, bytes)
-    if "lam" in phase.trains:
-        saved.append((seen * frame, lam.depth, 96))
-    if "fdm" in phase.trains:
-        saved.append((transitions * frame, lam.fdm_depth, 58))
-    if "action" in phase.trains or "body" in phase.trains:
-        saved.append((dreamed, 2 * dit.depth, 73 if "body" in phase.trains else 51))
-    activations = 0
-    for units, blocks, size in saved:           # recomputed: the input stays, and one block at a time
-        activations += units * (4 * blocks + size if cfg.activation_checkpointing else blocks * size)
-    return state / 1e9, activations * (1 if bf16 else 1.4) / 1e9
+    return next((card for card in CARDS if gigabytes <= 0.9 * (card * 2 ** 30 / 1e9 - 1)), None)
 
 
-def describe(cfg, process, world, groups, absent):
+def describe(cfg, process, world, groups, absent, needs):
+    """needs: {name of a phase: what `train.memory` says}, of a dry run"""
     parts = ", ".join(f"{name} {count(parameters) / 1e6:.2f} M" for name, parameters in groups.items())
     share = process.ranks * cfg.accumulate
     print(f"{cfg.name}: {parts} parameters; batch {cfg.batch} = {process.ranks} x {cfg.accumulate} x "
@@ -372,13 +381,17 @@ def describe(cfg, process, world, groups, absent):
         trains = " + ".join(sorted(phase.trains))
         print(f"  {phase.name}: {phase.steps} steps on {phase.data}, trains {trains}")
         if cfg.dry_run:
-            state, activations = memory(cfg, world, groups, phase, process.precision)
-            activations *= phase.batch // share
-            print(f"    about {state + activations:.1f} GB a process: {state:.1f} weights, gradients, moments"
-                  f" + {activations:.1f} activations in {process.precision}")
+            state, peak = needs[phase.name]
+            print(f"    {peak:.2f} GB a process: {state:.2f} weights, gradients, moments"
+                  f" + {peak - state:.2f} activations in {process.precision}")
     if cfg.dry_run and cfg.preset == "opensora":
         idm, dit = (count(model.parameters()) / 1e9 for model in (world.lam.idm, world.dit))
         print(f"  IDM {idm:.3f} B, generator with action modules {dit:.3f} B; the paper says 0.93 B, "
               "which does not follow from its parts")
     for name in absent:
         print(f"  --{name} {getattr(cfg, name)}: not there yet; a run needs it")
+    if cfg.dry_run:
+        print(f"  evaluations: {needs['evaluations'][1]:.2f} GB a process")
+        card = fits(max(peak for _, peak in needs.values()))
+        none = f"no card of {CARDS[-1]} GB: raise --accumulate, or --activation_checkpointing"
+        print(f"  in {process.precision} fits {f'a card of {card} GB' if card else none}")

@@ -14,11 +14,14 @@ import signal
 import warnings
 from argparse import Namespace
 from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -29,7 +32,7 @@ from data import clips, loader, parse_source, program, random_crop, sources, to_
 from flow import Draw
 from formats import UserError
 from lam import Adapter
-from run import (Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
+from run import (Peak, Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
@@ -109,6 +112,11 @@ def parameter_groups(world):
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
+def adamw(cfg, groups):
+    return torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
+                             betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+
 def save_memory(world):
     """Recompute each block's activations in the backward pass."""
     fdm = world.lam.fdm.blocks if world.lam.fdm else []
@@ -155,6 +163,49 @@ def begin(cfg, process, world, phase, groups, optimizer, fresh):
         return model
     devices = [process.local] if process.cuda else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+
+
+def memory(cfg, world, phase, process, clips):
+    """GB that a process needs for steps of so many clips: of weights, gradients and moments, and in all.
+
+    A step is made as in `train`, but of fake tensors, which have shapes and no values, and what lives at any
+    moment is counted. They are a CPU's, on any device. What kernels take for themselves does not count.
+    """
+    world = deepcopy(world)
+    if cfg.mode == "adapt" and not world.adapter:               # --data is not there yet
+        world.adapter = Adapter(1, world.lam.cfg)
+    alone = Process(precision=process.precision)
+    with FakeTensorMode(allow_non_fake_inputs=True), Peak() as peak:
+        groups = parameter_groups(world.to_empty(device="cpu"))
+        optimizer = adamw(cfg, groups)
+        # a first step makes moments, which stay, of all that has trained by the end of the phase
+        for row in phases(cfg):
+            for p in (p for name in row.trains for p in groups[name]):
+                p.grad = torch.empty_like(p)
+            if row.name == phase.name:
+                break
+        optimizer.step()
+        model = begin(cfg, alone, world, phase, groups, optimizer, ())
+        if cfg.activation_checkpointing:
+            save_memory(world)
+        trains = [p for name in phase.trains for p in groups[name]]
+        state = peak.live + sum(p.nbytes for p in trains)
+        if process.ranks * cfg.accumulate > 1:                  # gradients are there before the backward pass
+            for p in trains:
+                p.grad = torch.empty_like(p)
+        peak.most = 0                                           # the first step does not count
+        video = torch.empty(clips, 3, cfg.frames, cfg.size, cfg.size)
+        actions = torch.empty(clips, cfg.frames - 1, world.adapter.action_dim if world.adapter else 0)
+        clip = {"fps": torch.empty(clips), "actions": actions}
+        with alone.autocast():
+            # the VAE sees one clip: many would take it long, for little beside what training on them takes
+            latents = world.vae.encode(video[:1]).expand(clips, -1, -1, -1, -1)
+            loss, _ = LOSSES[phase.loss][1](phase, world, model, clip, video, Draw(0), latents)
+        if phase.trains:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(world.parameters(), MAX_NORM)
+            optimizer.step()
+    return state / 1e9, peak.most / 1e9
 
 
 # the loop ----------------------------------------------------------------------------------------------
@@ -274,13 +325,17 @@ def prepare_and_train(cfg, process):
     world.to("meta" if cfg.dry_run else process.device)
     groups = parameter_groups(world)
     if process.master:
-        describe(cfg, process, world, groups, absent)
+        share, rows = process.ranks * cfg.accumulate, phases(cfg) if cfg.dry_run else []
+        needs = {row.name: memory(cfg, world, row, process, row.batch // share) for row in rows}
+        if rows:                                # judge.infer and judge.loss_by_time take 64 clips at once
+            row = replace(rows[-1], name="evaluations", trains=())
+            needs[row.name] = memory(cfg, world, row, process, 64)
+        describe(cfg, process, world, groups, absent, needs)
     if cfg.dry_run:
         return
     cache = LatentCache(world.vae, cfg.latent_cache) if cfg.latent_cache != "none" else None
     run = Run(cfg, process, state["step"] if state else 0, file, held)
-    optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=cfg.lr,
-                                  betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = adamw(cfg, groups)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         del state                                               # it maps the file
