@@ -111,6 +111,7 @@ def restore(state, vae_weights=None):
     world.lam.load_state_dict(state["lam"])
     world.dit.load_state_dict(state["dit"])
     world.lam.quantize = state["quantize"]
+    world.look = config.get("look", "")         # runs of before there were two have none
     if config["adapter"]:
         world.adapter = Adapter(config["adapter"], world.lam.cfg)
         world.adapter.load_state_dict(state["adapter"])

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import toy
 from episodes import Episodes
-from formats import UserError, speaks, whole
+from formats import UserError, same_look, speaks, whole
 
 TOY = ("toy", "robots", "web", *toy.EMBODIMENTS)
 
@@ -86,6 +86,7 @@ class ToyClips(Dataset):
     size: pixels of a square frame. frames: of a clip. split: "train" or "heldout", disjoint sets of worlds.
     """
     quick = True                                                # to make: see `loader`
+    look = ""                                                   # not drawn by a simulator that has several
 
     def __init__(self, source, size, frames, seed=0, split="train"):
         if size < 8:
@@ -116,6 +117,7 @@ class Mixture(Dataset):
     def __init__(self, names, sources, weights, seed=(0, 2)):
         self.names, self.sources, self.seed, self.frames = names, sources, seed, sources[0].frames
         self.quick = all(source.quick for source in sources)
+        self.look = same_look({name: source.look for name, source in zip(names, sources)})
         self.edges = np.cumsum(weights) / np.sum(weights)
 
     def which(self, indices):

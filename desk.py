@@ -11,6 +11,12 @@ import importlib.util
 import io
 import itertools
 import os
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import NamedTuple
 
 import av
@@ -19,29 +25,34 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from formats import HDF5_ENDINGS, UserError, first_line, optional, whole
+from formats import HDF5_ENDINGS, UserError, first_line, optional, read_look, same_look, tell, whole
 
 
 class Route(NamedTuple):
-    """How a scripted policy (ours) does a task: the hand goes beside an object, then through it (metres)."""
+    """How a scripted policy (ours) does a task: places that the hand goes to, one after the other."""
     kind: str                       # where MuJoCo lists the object: xpos (bodies), site_xpos or geom_xpos
     object: str
-    aside: tuple                    # from the object to the place beside it
-    through: tuple                  # from the object to where the hand goes then
-    clear: tuple = (0, 0, 0)        # from the place beside it, while the hand is past it: how to come back
+    places: tuple                   # metres from where the object is by then; the last one is beyond it
     fingers: int = 0                # -1: closed, 0: half open
 
 
+PRESS = (0, 0, .12), (0, 0, -.05)
 ROUTES = {
-    "push_red": Route("xpos", "red_button", (0, 0, .1), (0, 0, -.1), fingers=-1),
-    "push_green": Route("xpos", "green_button", (0, 0, .1), (0, 0, -.1), fingers=-1),
-    "push_blue": Route("xpos", "blue_button", (0, 0, .1), (0, 0, -.1), fingers=-1),
-    "open_slide": Route("site_xpos", "slide_handle", (-.12, 0, 0), (.5, .03, 0), (0, -.15, 0)),
-    "open_drawer": Route("geom_xpos", "drawer_handle", (0, .05, .05), (0, -.3, -.02)),  # rarely succeeds
-    "upright_block_off_table": Route("xpos", "upright_block", (-.15, 0, -.05), (.3, 0, -.02), (0, 0, .15)),
-    "flat_block_off_table": Route("xpos", "flat_block", (-.15, 0, -.05), (.3, 0, -.02), (0, 0, .15)),
+    "push_red": Route("xpos", "red_button", PRESS, fingers=-1),
+    "push_green": Route("xpos", "green_button", PRESS, fingers=-1),
+    "push_blue": Route("xpos", "blue_button", PRESS, fingers=-1),
+    "open_slide": Route("site_xpos", "slide_handle", ((-.1, -.12, 0), (-.1, 0, 0), (.5, 0, 0))),
+    # by some 0.1 m of the 0.2: so near to its foot the arm does not fold
+    "open_drawer": Route("geom_xpos", "drawer_handle", ((0, .03, .12), (0, .03, -.01), (0, -.3, -.15)), -1),
+    "upright_block_off_table": Route("xpos", "upright_block",
+                                     ((-.12, 0, .1), (-.12, 0, -.06), (.3, 0, -.06))),
+    "flat_block_off_table": Route("xpos", "flat_block", ((0, .1, .12), (0, .1, 0), (0, -.3, 0))),
 }
 TASKS = tuple(ROUTES)
+CLOSE_SLIDE = Route("site_xpos", "slide_handle", ((.1, -.12, 0), (.1, 0, 0), (-.5, 0, 0)))
+# of those routes, CLOSE_SLIDE and nudges in `turn`: a button moves but once, a ball rolls by itself
+LIKING = np.array((1, 1, 1, 4, 8, 4, 4, 2, 1, 4, 4))
+LOOKS = {"published": 120, "fast": 240}         # pixels drawn before the benchmark's crop is resized
 
 
 @contextlib.contextmanager
@@ -55,8 +66,12 @@ def drawing():
                         "osmesa libosmesa6") from None
 
 
-def environment(size):
-    """The published environment, observations and rendering replaced. UserError where it cannot run."""
+def environment(size, look):
+    """The published environment, observations and rendering replaced. UserError where it cannot run.
+
+    The look "fast" (ours) has no shadows, whose map costs a software renderer most, and no reflections; its
+    edges are smoothed by more pixels instead of more samples a pixel. Its desk is darker: another look.
+    """
     os.environ.setdefault("MUJOCO_GL", "egl")
     for package in ("gym", "mujoco", "dm_control", "robodesk"):
         if importlib.util.find_spec(package) is None:
@@ -76,7 +91,8 @@ def environment(size):
         def render(self):
             """uint8 (size, size, 3), from the benchmark's camera"""
             with drawing():
-                camera = mujoco.Camera(self.physics, 120, 120, camera_id=-1)
+                pixels = LOOKS[look]
+                camera = mujoco.Camera(self.physics, pixels, pixels, camera_id=-1)
                 view = camera._render_camera
                 view.distance, view.azimuth, view.elevation = 1.8, 90, -60
                 view.lookat[:] = [0, 0.535, 1.1]
@@ -85,9 +101,15 @@ def environment(size):
             if not image.any():
                 raise UserError("RoboDesk rendered an all-black frame with "
                                 f"MUJOCO_GL={os.environ['MUJOCO_GL']}: try another (egl, osmesa)")
-            return resized(Image.fromarray(image).crop((16.75, 25.0, 105.0, 88.75)), self.image_size)
+            crop = [x * pixels / 120 for x in (16.75, 25.0, 105.0, 88.75)]
+            return resized(Image.fromarray(image).crop(crop), self.image_size)
 
-    return Environment(action_repeat=50, image_size=size)
+    env = Environment(action_repeat=50, image_size=size, reward="sparse")       # the one that costs least
+    if look == "fast":                                          # read when the first frame is drawn
+        model = env.physics.model
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
+        model.mat_reflectance[:] = 0
+    return env
 
 
 def resized(image, size):
@@ -103,8 +125,8 @@ class Desk:
     """
     action_dim, fps = 5, 10
 
-    def __init__(self, n=1, size=64, seed=0):
-        self.n, self.size, self.env = n, size, environment(size)
+    def __init__(self, n=1, size=64, seed=0, look="published"):
+        self.n, self.size, self.look, self.env = n, size, look, environment(size, look)
         self.reset(seed)
 
     def reset(self, seed=0):
@@ -160,25 +182,44 @@ class Desk:
         """uint8 (n, size, size, 3)"""
         return np.stack([self.env.render() for _ in self._each()])
 
+    def tell_how_it_renders(self):
+        """A line on stderr where it is done in software: how long a frame takes, and what would help"""
+        self.render()                                           # the first one takes longer
+        began = time.time()
+        self.render()
+        ms = 1000 * (time.time() - began)
+        with self.env.physics.contexts.gl.make_current() as context:
+            name = context.call(importlib.import_module("OpenGL.GL").glGetString, 0x1F01).decode()  # RENDERER
+        if any(word in name.lower() for word in ("llvmpipe", "softpipe", "swrast")):
+            faster = "" if self.look == "fast" else ", as would --look fast where all goals are our own"
+            tell("frames", f"RoboDesk is drawn in software ({name}), {ms:.0f} ms a frame: a GPU with "
+                           f"MUJOCO_GL=egl would help{faster}")
+
     def success(self, task, goal=None):
         """The environment's own test in the present states: (n,) bool. Goal states do not matter."""
         return np.array([self.env._get_task_reward(task, "success") > 0 for _ in self._each()])
 
-    def script(self, task):
-        """Endless actions (5,) for desk 0 along the task's `Route`: go beside the object, then through it."""
-        route, beside = ROUTES[task], False
-        for t in itertools.count():
-            self._load(0)
-            named = self.env.physics.named.data
-            hand = named.site_xpos["end_effector"]
-            place = getattr(named, route.kind)[route.object]
-            target = place + route.aside
-            beside = beside or t == 10 or np.linalg.norm(target - hand) < 0.1
-            if beside:
-                target = place + route.through
-            elif hand[0] > target[0] + 0.05:
-                target = target + route.clear
-            yield np.concatenate([np.clip(5 * (target - hand), -1, 1), [0, route.fingers]])
+    def solved(self):
+        """Which of `TASKS` are done on desk 0: a list of bool"""
+        return [bool(self.success(task)[0]) for task in TASKS]
+
+    def places(self, route):
+        """Where the hand and the route's object are on desk 0: two arrays (3,), metres"""
+        self._load(0)
+        named = self.env.physics.named.data
+        return named.site_xpos["end_effector"], getattr(named, route.kind)[route.object]
+
+    def script(self, route, patience=8):
+        """Endless actions (5,) for desk 0 along a `Route`, up to `patience` of them to a place."""
+        at = taken = 0
+        while True:
+            hand, place = self.places(route)
+            away = place + route.places[at] - hand
+            if at < len(route.places) - 1 and (np.linalg.norm(away) < 0.04 or taken == patience):
+                at, taken = at + 1, 0
+                away = place + route.places[at] - hand
+            taken += 1
+            yield np.concatenate([np.clip(12 * away, -1, 1), [0, route.fingers]])       # 1: some 8 cm
 
 
 def random_actions(rng, keep=0.8):
@@ -189,20 +230,55 @@ def random_actions(rng, keep=0.8):
         action = keep * action + (1 - keep) * rng.normal(0, 2, 5)
 
 
-def play(desk, task, actions, steps, until_success=False):
-    """Take up to `steps` of the actions on desk 0: frames (t, size, size, 3) uint8, and a dict of
-    `actions` (t-1, 5), `states` (t, 73), `success`, `task`.
+def nudge(name, rng):
+    """A route that pushes a body on the table in some direction"""
+    angle = rng.uniform(-np.pi, np.pi)
+    way = np.array([np.cos(angle), np.sin(angle), 0])
+    return Route("xpos", name, (-.12 * way + (0, 0, .08), -.12 * way, .3 * way))
+
+
+def turn(desk, rng):
+    """Actions (5,) of 8 to 16 steps: the hand goes for an object, rather one that is near, or wanders."""
+    nudges = [nudge(name, rng) for name in ("ball", "upright_block", "flat_block")]
+    routes = [*ROUTES.values(), CLOSE_SLIDE, *nudges]
+    hand, places = desk.places(routes[0])[0], np.array([desk.places(route)[1] for route in routes])
+    weights = LIKING * np.exp(-np.linalg.norm(places - hand, axis=1) / 0.3)
+    weights *= places[:, 2] > 0.6                               # not what lies on the floor
+    route = routes[rng.choice(len(routes), p=weights / weights.sum())]
+    actions = random_actions(rng) if rng.random() < 0.15 else desk.script(route)
+    return itertools.islice(actions, int(rng.integers(8, 17)))
+
+
+def behave(desk, rng):
+    """Endless actions (5,), noisy, of some speed: turns, in half of the episodes after one task's script."""
+    noise, speed = rng.uniform(0, 0.4) * np.array((1, 1, 1, .5, .5)), rng.uniform(0.7, 1)
+    task = desk.script(ROUTES[rng.choice(TASKS)])
+    actions = itertools.islice(task, 24 if rng.random() < 0.5 else 0)
+    while True:
+        for action in actions:
+            yield speed * action + rng.normal(0, noise)
+        actions = turn(desk, rng)
+
+
+def play(desk, actions, steps, until=None):
+    """Take up to `steps` of the actions on desk 0, or until a task is done: frames (t, size, size, 3) uint8,
+    and a dict of `actions` (t-1, 5), `states` (t, 73), `solved` (t, tasks) bool, `look`.
     """
-    frames, states = [desk.render()[0]], [desk.get_state()[0]]
-    done, success = [], False
+    frames, states, solved, done = [], [], [], []
+
+    def see():
+        frames.append(desk.render()[0])
+        states.append(desk.get_state()[0])
+        solved.append(desk.solved())
+
+    see()
     for action in itertools.islice(actions, steps):
         done.append(np.clip(action, -1, 1).astype(np.float32))
-        states.append(desk.step(done[-1][None])[0])
-        frames.append(desk.render()[0])
-        success |= bool(desk.success(task)[0])
-        if success and until_success:
+        desk.step(done[-1][None])
+        see()
+        if until and solved[-1][TASKS.index(until)]:
             break
-    labels = dict(actions=np.stack(done), states=np.stack(states), success=success, task=task)
+    labels = dict(actions=np.stack(done), states=np.stack(states), solved=np.array(solved), look=desk.look)
     return np.stack(frames), labels
 
 
@@ -218,26 +294,63 @@ def write_episode(path, frames, labels, fps):
             file.mux(stream.encode(frame))
 
 
-def collect(folder, episodes, size=64, seed=0, steps=15):
-    """Record the episodes that are not in the folder yet: 70 % scripted with noise, 30 % random."""
+def path_of(folder, i):
+    return os.path.join(folder, f"desk_{i:05d}")
+
+
+@cache
+def one_desk(size, look):
+    """A process's desk: contexts of GL are few, and slow to come by"""
+    return Desk(1, size, look=look)
+
+
+def record(i, folder, size, look, seed, steps):
+    """Write episode i. It depends on these numbers alone, not on the process and what that has done."""
+    desk, rng = one_desk(size, look), np.random.default_rng((seed, i))
+    desk.reset(int(rng.integers(2 ** 31)))                      # the seeds above are those of goals
+    actions = behave(desk, rng)
+    for action in itertools.islice(actions, int(rng.integers(9))):      # so that not all begin far away
+        desk.step(action[None])
+    write_episode(path_of(folder, i), *play(desk, actions, steps), desk.fps)
+
+
+def follow_parent():
+    """In a process that records: after Ctrl-C its episode is finished, but it ends where its parent does."""
+    def end():
+        parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end, daemon=True).start()
+
+
+def collect(folder, episodes, size=64, look="published", seed=0, steps=16, workers=1):
+    """Record the episodes that are not in the folder yet. Each can be used as soon as its mp4 is there."""
     os.makedirs(folder, exist_ok=True)
-    desk = Desk(1, size)
-    for i in tqdm(range(episodes), "recording", dynamic_ncols=True, disable=None):
-        rng = np.random.default_rng((seed, i))
-        task = TASKS[rng.integers(len(TASKS))]
-        scripted = rng.random() < 0.7
-        path = os.path.join(folder, f"{'script' if scripted else 'random'}_{task}_{i:05d}")
-        if not os.path.exists(path + ".mp4"):
-            desk.reset(seed * 10 ** 6 + i)
-            noisy = (a + rng.normal(0, (0.4, 0.4, 0.4, 0.2, 0.2)) for a in desk.script(task))
-            actions = noisy if scripted else random_actions(rng)
-            write_episode(path, *play(desk, task, actions, steps), desk.fps)
+    check_look(folder, look)
+    one_desk(size, look).tell_how_it_renders()
+    missing = [i for i in range(episodes) if not os.path.exists(path_of(folder, i) + ".mp4")]
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), follow_parent)    # GL does not survive a fork
+    try:
+        made = pool.map(partial(record, folder=folder, size=size, look=look, seed=seed, steps=steps), missing)
+        for _ in tqdm(made, "recording", len(missing), dynamic_ncols=True, disable=None):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def make_goals(task, folder, n, size=64, steps=24):
+def check_look(folder, look):
+    """UserError if episodes in a folder have another look."""
+    for video in glob.glob(os.path.join(glob.escape(folder), "*.mp4"))[:1]:
+        same_look({folder: read_look(video), "--look": look})
+
+
+def make_goals(task, folder, n, size=64, look="published", steps=24):
     """Record start-goal pairs as goal_TASK_i until there are n: scripted episodes that succeed."""
     os.makedirs(folder, exist_ok=True)
-    desk = Desk(1, size)
+    check_look(folder, look)
+    desk = one_desk(size, look)
+    desk.tell_how_it_renders()
     pattern = os.path.join(glob.escape(folder), f"goal_{task}_*.mp4")
     for i in itertools.count():
         if len(glob.glob(pattern)) >= n:
@@ -246,39 +359,38 @@ def make_goals(task, folder, n, size=64, steps=24):
         if os.path.exists(path + ".mp4"):
             continue
         desk.reset(2 ** 31 + i + 1)                             # no seed of `collect`
-        if task == "open_drawer":                               # a script is weak at it
-            episode = pull_drawer(desk)
-        else:
-            episode = play(desk, task, desk.script(task), steps, until_success=True)
-        if episode[1]["success"]:
-            write_episode(path, *episode, desk.fps)
+        # the arm cannot, see `ROUTES`
+        actions = pull_drawer(desk) if task == "open_drawer" else desk.script(ROUTES[task])
+        frames, labels = play(desk, actions, steps, task)
+        if labels["solved"][-1, TASKS.index(task)]:
+            write_episode(path, frames, labels, desk.fps)
 
 
 def pull_drawer(desk):
-    """An episode of two frames, as `play` makes them, in which the drawer comes out by itself"""
-    before, start = desk.render(), desk.get_state()
-    end = start.copy()
-    end[0, 18] = -0.25                                          # its joint
-    desk.set_state(end)
-    labels = dict(actions=np.zeros((1, 5), np.float32), states=np.concatenate([start, end]),
-                  success=bool(desk.success("open_drawer")[0]), task="open_drawer")
-    return np.concatenate([before, desk.render()]), labels
+    """One action (5,), before which the drawer of desk 0 comes out by itself"""
+    state = desk.get_state()
+    state[0, 18] = -0.25                                        # its joint
+    desk.set_state(state)
+    yield np.zeros(5)
 
 
-def goals(task, path, n, size=64):
+def goals(task, path, n, size=64, look="published"):
     """Up to n pairs of start state (73,) and goal image (size, size, 3), recorded episodes or VP2's.
 
     path: a folder of goal_TASK_*.mp4 and .npz; or VP2's HDF5 file, or a folder with robodesk_TASK/goals.hdf5.
+    UserError: there is none, or goals have another look.
     """
     file = path if path.endswith(HDF5_ENDINGS) else os.path.join(path, f"robodesk_{task}", "goals.hdf5")
     pairs = []
     if os.path.isfile(file):
+        same_look({f"--goals {path}": "published", "--look": look})
         with optional("h5py").File(file) as f:
             for name in sorted(f["data"], key=lambda k: int(k.split("_")[-1]))[:n]:
                 demo = f["data"][name]
                 start = int(demo["start_index"][()]) if "start_index" in demo else 0
                 pairs.append((demo["states"][start][:73], demo["obs/camera_image"][-1]))
     else:
+        check_look(path, look)
         for video in sorted(glob.glob(os.path.join(glob.escape(path), f"goal_{task}_*.mp4")))[:n]:
             with np.load(video[:-4] + ".npz") as labels:
                 pairs.append((labels["states"][0], imageio.imread(video, plugin="pyav")[-1]))

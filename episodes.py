@@ -15,10 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from formats import (HDF5_ENDINGS, VIDEO_ENDINGS, LeRobot, UserError, first_line, frame_times, index,
-                     inspect_hdf5, inspect_video, optional, read_side, read_video, side_file, tell)
+                     inspect_hdf5, inspect_video, optional, read_side, read_video, same_look, side_file, tell)
 
 KEPT = {}                   # decoded episodes of small sources
-MEMORY = 2 ** 30            # bytes for them; a source is small if it takes less than a quarter of it
+MEMORY = 2 ** 31            # bytes for them; a source is small if it takes less than half of it
 
 
 @dataclass
@@ -261,7 +261,9 @@ class Episodes(Dataset):
             tell(path, f"data: {path}: skips {len(reasons)} of {every}: {'; '.join(reasons[:5])}{more}")
         self.ends = np.cumsum(starts)           # the clips of all episodes, counted through
         # decoded episodes stay in memory
-        self.quick = 3 * size * size * sum(e.n for e in self.episodes) < MEMORY // 4
+        self.quick = 3 * size * size * sum(e.n for e in self.episodes) < MEMORY // 2
+        examples = {e.info.get("look"): e.file for e in self.episodes}      # a file of each look
+        self.look = same_look({file: look for look, file in examples.items()})
         dims = {e.dims for e in self.episodes}
         self.labelled = len(dims) == 1 and dims != {0}          # true actions are known
 

@@ -25,7 +25,7 @@ from checkpoint import load_checkpoint, load_world, restore
 from config import ADAPT_BATCH, PRECISIONS, Config, Process
 from data import TOY, Parser, clips, number, parse_source, program, sources, to_video
 from flow import Draw, World
-from formats import UserError, whole
+from formats import UserError, same_look, whole
 from judge import infer, loss_by_time, predict, probe_source, save_gif, video_measures
 from metrics import codebook_metrics, frechet, paired_t
 from run import connected, of_first
@@ -342,6 +342,7 @@ def open_case(args, process):
     on_toys = config["data"] in TOY
     for name in args.data or (toy.EMBODIMENTS if on_toys else sources(config["data"])):
         case.heldout[name] = case.clips([name], "heldout")
+        same_look({f"--ckpt {args.ckpt}": world.look, f"--data {name}": case.heldout[name].look})
     if not args.adapt_data:
         labelled = [name for name, data in case.heldout.items() if data.labelled]
         args.adapt_data = config["data"]

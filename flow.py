@@ -122,6 +122,7 @@ class World(nn.Module):
         super().__init__()
         self.lam, self.dit, self.vae, self.cfg = lam, dit, vae, cfg
         self.adapter = None                     # from real actions, once there is one
+        self.look = ""                          # of the simulator's frames that it has seen, see `same_look`
         want = vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim
         if dit.cfg.action_dim != want:
             raise ValueError(f"World: the DiT takes actions of {dit.cfg.action_dim} dims, "
@@ -139,6 +140,7 @@ class World(nn.Module):
             "flow": asdict(self.cfg),
             "vae": self.vae.source,
             "adapter": self.adapter.action_dim if self.adapter else None,
+            "look": self.look,
         }
 
     def check_frames(self, t):

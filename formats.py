@@ -25,7 +25,7 @@ av.logging.set_level(av.logging.PANIC)      # what is wrong with a file is said 
 VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi")
 HDF5_ENDINGS = (".hdf5", ".h5")
 UNKNOWN_FPS = 24.0                          # frames a second, where a file does not say
-VERSION = 3                                 # of the index; one of another version is made anew
+VERSION = 4                                 # of the index; one of another version is made anew
 TOLD = set()                                # what was told about: sources, indices
 WRITE_EVERY = 20                            # seconds of work on an index that may be lost
 
@@ -78,7 +78,7 @@ def inspect_video(file):
     """Decode a whole video, for the index. Raises UserError where that shows a fault; PyAV raises more.
 
     Returns a dict: `n` frames, their times `pts` and `regular` (see `frame_times`), `base` (seconds in a unit
-    of time), `fps`, `hw` (pixels), `dims` of the actions beside it (0: there are none).
+    of time), `fps`, `hw` (pixels), `dims` of the actions beside it (0: there are none), `look`.
     """
     if is_cut(file):
         raise UserError("its end is missing")
@@ -108,7 +108,8 @@ def inspect_video(file):
     fps = 1 / (np.mean(steps) * base) if n > 1 else UNKNOWN_FPS
     regular = n > 1 and bool((steps == steps[0]).all())
     return {"n": n, "fps": round(fps, 4), "pts": [pts[0], int(steps[0])] if regular else pts,
-            "regular": regular, "base": base, "hw": [h, w], "dims": dims}
+            "regular": regular, "base": base, "hw": [h, w], "dims": dims,
+            "look": read_look(file)}
 
 
 def is_cut(file):
@@ -218,6 +219,28 @@ def read_side(file):
     if actions.ndim != 2 or not np.isfinite(actions).all():
         raise UserError(f"{os.path.basename(file)}: actions are not (n, a) finite numbers")
     return actions
+
+
+def read_look(video):
+    """The look in which a simulator's film is drawn, as the file beside it says; "" of other films"""
+    side = side_file(video)
+    if not (side or "").endswith(".npz"):
+        return ""
+    with np.load(side) as found:
+        # RoboDesk's episodes, of which the first ones do not say it
+        return str(found["look"]) if "look" in found else "published" if "states" in found else ""
+
+
+def same_look(looks):
+    """The look that all have which have one. UserError: a simulator's frames do not all look alike.
+
+    looks: {who, for the message: the look, "" of what no simulator has drawn}
+    """
+    having = {who: look for who, look in looks.items() if look}
+    if len(set(having.values())) > 1:
+        told = ", ".join(f"{who} has {look}" for who, look in having.items())
+        raise UserError(f"two looks of a simulator's frames: {told}; take one")
+    return next(iter(having.values()), "")
 
 
 class Row(NamedTuple):

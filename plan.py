@@ -26,7 +26,7 @@ from config import PRECISIONS, Process
 from data import Parser, number, program, to_video
 from evaluate import open_results, run_folder, save_results, table
 from flow import Draw
-from formats import UserError, first_line
+from formats import UserError, first_line, same_look
 from judge import save_gif
 from metrics import wilson
 
@@ -256,14 +256,17 @@ def problems(args, task, robot):
         images = world.render()
     else:
         if args.goals == DEFAULT_GOALS:
-            desk.make_goals(task, args.goals, args.pairs, args.size)
-        starts, images = zip(*desk.goals(task, args.goals, args.pairs, args.size))
+            desk.make_goals(task, args.goals, args.pairs, args.size, args.look)
+        starts, images = zip(*desk.goals(task, args.goals, args.pairs, args.size, args.look))
+        desk.one_desk(args.size, args.look).tell_how_it_renders()
         starts, goals = np.stack(starts), [None] * len(starts)  # a desk needs no goal state to tell success
 
     def make(i, n):
         # 1000: the seed of `task_pairs`
-        desks = args.env == "robodesk"
-        env = desk.Desk(n, args.size) if desks else toy.ToyWorld(robot, [i] * n, 1000, args.size)
+        if args.env == "robodesk":
+            env = desk.Desk(n, args.size, look=args.look)
+        else:
+            env = toy.ToyWorld(robot, [i] * n, 1000, args.size)
         env.set_state(np.repeat(starts[i:i + 1], n, 0))
         return env
 
@@ -302,6 +305,8 @@ def parse(argv):
     add("--out", help="folder of results.json and GIFs (the run's, or out/plan-ENV), or to collect in")
     add("--collect", choices=("robodesk",), help="record episodes instead of planning; what is there stays")
     add("--episodes", type=count, default=400, help="to collect")
+    add("--workers", type=count, default=os.cpu_count(), help="processes that collect; all make the same")
+    add("--look", choices=desk.LOOKS, help="RoboDesk's (that of --ckpt, else published); fast: no shadows")
     default = DEFAULTS[parser.parse_args(argv).env]
     parser.set_defaults(**default)
     args = parser.parse_args(argv)
@@ -332,6 +337,10 @@ def open_world(args, device):
     if body is None or world.adapter.action_dim != body.action_dim:
         raise UserError(f"{args.ckpt}: is adapted to the {world.adapter.action_dim}-dimensional actions of "
                         f"{config['data']}, not to {args.env}")
+    if args.env == "robodesk":
+        # without a look the world is older than there being two
+        look = world.look or "published"
+        args.look = same_look({f"--ckpt {args.ckpt}": look, "--look": args.look})
     return world, config["data"], config["size"], state["step"]
 
 
@@ -349,17 +358,21 @@ def open_classifier(path, size, device):
 def main(argv):
     args = parse(argv)
     if args.collect:
-        return desk.collect(args.out or os.path.join("data", args.collect), args.episodes, seed=args.seeds[0])
+        return desk.collect(args.out or os.path.join("data", args.collect), args.episodes,
+                            look=args.look or "published", seed=args.seeds[0], workers=args.workers)
     process = Process.here(precision=args.precision)
     world, robot, step = None, "held-out", None
     out = args.out or (run_folder(args.ckpt) if args.ckpt else os.path.join("out", f"plan-{args.env}"))
     if args.ckpt:
         world, robot, args.size, step = open_world(args, process.device)
+    if args.env == "robodesk":
+        args.look = args.look or "published"
     classifier = open_classifier(args.classifier, args.size, process.device) if args.classifier else None
     open_results(out)
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
-    apart = ("ckpt", "task", "collect", "episodes", "out", "random", "oracle", "vae_weights", "samples")
+    apart = ("ckpt", "task", "collect", "episodes", "workers", "out", "random", "oracle", "vae_weights",
+             "samples")
     protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
         "precision": process.precision, "cost": "pixels and classifier" if classifier else "pixels",
         "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}

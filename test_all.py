@@ -1817,6 +1817,51 @@ def test_small_sources_stay_in_memory_until_it_is_full(room, kept, copied, monke
 
 
 @pytest.fixture
+def looks(tmp_path):
+    """Folders of two films each: of a simulator in one look, in another, before there were two; and others"""
+    for name, labels in {"new": {"look": "fast"}, "newer": {"look": "fast"}, "old": {"states": 0},
+                         "published": {"look": "published"}, "film": {}}.items():
+        (tmp_path / name).mkdir()
+        for i in "ab":
+            write_film(tmp_path / name / f"{i}.mp4", shades(8))
+            np.savez(tmp_path / name / f"{i}.npz", actions=counting(8), **labels)
+    return tmp_path
+
+
+@pytest.mark.parametrize("names, look", [
+    (["new"], "fast"), (["old"], "published"), (["film"], ""), (["old", "published"], "published"),
+    (["new", "newer", "film", "web"], "fast"), (["new", "published"], None), (["old", "film", "new"], None),
+])
+def test_frames_of_two_looks_are_not_mixed(names, look, looks, monkeypatch):
+    monkeypatch.chdir(looks)
+    if look is None:
+        with pytest.raises(UserError, match="two looks of a simulator's frames: .* has .*; take one"):
+            clips(names, 32, 4)
+    else:
+        assert clips(names, 32, 4).look == look
+
+
+def test_a_folder_of_two_looks_is_refused(looks):
+    shutil.copytree(looks / "old", looks / "new" / "more")
+    with pytest.raises(UserError, match="b.mp4 has fast, .*more/b.mp4 has published; take one"):
+        clips([str(looks / "new")], 32, 4)
+
+
+def test_a_run_keeps_the_look_of_its_data(looks, monkeypatch, refusal_of):
+    monkeypatch.chdir(looks)
+    size = "--size 8 --patch 4 --lam_size 8 --lam_patch 4 --frames 4 --eval_frames 4 --pretrain 0".split()
+    train.main([*SMALL, *size, "--data", "new", "--name", "r", "--warmup", "1", "--e2e", "1"])
+    assert load_world("out/r").look == "fast"
+    refused = refusal_of(train.main, *SMALL, *size, "--mode", "adapt", "--init", "out/r", "--data", "old",
+                         "--name", "s")
+    assert refused == ("two looks of a simulator's frames: the run that it comes from has fast, "
+                       "--data old has published; take one")
+    assert not os.path.exists("out/s/config.json")
+    assert refusal_of(evaluate.main, "--ckpt", "out/r", "--data", "old").endswith(
+        "--ckpt out/r has fast, --data old has published; take one")
+
+
+@pytest.fixture
 def spaced(tmp_path):
     """A folder with a space in its name; a film of 20 frames, which has an @ in its name, and one of 16."""
     folder = tmp_path / "my videos"
@@ -4688,6 +4733,24 @@ def test_a_world_of_a_toy_robot_does_not_plan_on_a_desk_that_takes_as_many_actio
     assert plan.open_world(plan.parse(["--ckpt", "r", "--env", "robodesk"]), "cpu")[0] is world
 
 
+@pytest.mark.parametrize("learned, asked, used", [
+    ("fast", None, "fast"), ("fast", "fast", "fast"), ("published", None, "published"),
+    ("", None, "published"), ("fast", "published", None), ("published", "fast", None), ("", "fast", None),
+])
+def test_a_world_plans_in_the_look_that_it_has_learned(learned, asked, used, monkeypatch):
+    world = small_world()
+    world.adapter, world.look = Adapter(desk.Desk.action_dim, world.lam.cfg), learned
+    monkeypatch.setattr(plan, "load_checkpoint", lambda _: {"config": {"data": "d", "size": 8}, "step": 1})
+    monkeypatch.setattr(plan, "restore", lambda *_: world)
+    args = plan.parse(["--ckpt", "r", "--env", "robodesk"] + ["--look", asked] * (asked is not None))
+    if used:
+        plan.open_world(args, "cpu")
+        assert args.look == used
+    else:
+        with pytest.raises(UserError, match=f"--ckpt r has {learned or 'published'}, --look has {asked}"):
+            plan.open_world(args, "cpu")
+
+
 @pytest.mark.parametrize("args, words", [
     (["--oracle", "--task", "fly"], "toy has reach, push"),
     (["--ckpt", "out/r"], "has no adapter"),
@@ -4786,7 +4849,17 @@ def test_a_robodesk_that_goes_on_does_what_one_that_is_put_there_does():
 @pytest.mark.parametrize("task", desk.TASKS)
 def test_a_robodesk_task_starts_unsolved_and_has_a_script(task, desks):
     assert not desks.success(task).any()
-    assert np.abs(next(desks.script(task))).max() <= 1
+    assert np.abs(next(desks.script(desk.ROUTES[task]))).max() <= 1
+
+
+@pytest.mark.parametrize("task", ["push_blue", "flat_block_off_table"])
+def test_a_robodesk_script_does_its_task(task, monkeypatch):
+    needs("robodesk")
+    alone = desk.Desk(1, seed=100)
+    monkeypatch.setattr(alone.env, "render", lambda: ACTIONS)   # frames take long
+    _, labels = desk.play(alone, alone.script(desk.ROUTES[task]), 24, task)
+    assert labels["solved"].any(1).tolist() == [False] * (len(labels["solved"]) - 1) + [True]
+    assert labels["solved"][-1].tolist() == [name == task for name in desk.TASKS]
 
 
 @pytest.fixture
@@ -4811,15 +4884,66 @@ def test_success_is_what_robodesk_itself_says(task, opened):
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
-    """A folder with two recorded episodes of two steps"""
+    """A folder with two recorded episodes of two steps, in the published look"""
     needs("robodesk")
     folder = tmp_path_factory.mktemp("collected")
     desk.collect(str(folder), 2, steps=2)
     return folder
 
 
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    """The same in the fast look"""
+    needs("robodesk")
+    folder = tmp_path_factory.mktemp("fast")
+    desk.collect(str(folder), 2, look="fast", steps=2)
+    return folder
+
+
+def test_robodesk_episodes_are_the_same_for_any_number_of_processes(fast, tmp_path):
+    desk.collect(str(tmp_path), 3, look="fast", steps=2, workers=2)
+    for file in fast.glob("desk_*"):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    assert len(list(tmp_path.glob("*.mp4"))) == 3
+    films = {file.read_bytes() for file in tmp_path.glob("*.mp4")}
+    assert len(films) == 3                                      # no two are alike
+
+
+def test_the_looks_of_a_robodesk_differ_but_not_what_happens(collected, fast):
+    name = "desk_00000"
+    labels = [np.load(folder / f"{name}.npz") for folder in (collected, fast)]
+    assert np.array_equal(labels[0]["states"], labels[1]["states"])
+    looks = [imageio.imread(folder / f"{name}.mp4", plugin="pyav").mean() for folder in (collected, fast)]
+    assert looks[0] > looks[1] + 5                              # it is darker
+
+
+def test_robodesk_episodes_tell_their_look(collected, fast):
+    assert [Episodes(str(folder), 64, 3, split="all").look for folder in (collected, fast)] == [
+        "published", "fast"]
+
+
+def test_two_looks_of_a_robodesk_do_not_share_a_folder(fast, refusal_of):
+    refused = refusal_of(plan.main, "--collect", "robodesk", "--episodes", 3, "--out", fast)
+    assert refused == (f"two looks of a simulator's frames: {fast} has fast, --look has published; take one")
+
+
+@pytest.mark.parametrize("renderer, said", [
+    (b"llvmpipe (LLVM 15)",
+     r"RoboDesk is drawn in software \(llvmpipe \(LLVM 15\)\), \d+ ms a frame: a GPU with MUJOCO_GL=egl "
+     r"would help, as would --look fast where all goals are our own\n"),
+    (b"NVIDIA H200/PCIe", ""),
+])
+def test_a_robodesk_that_is_rendered_in_software_says_so(renderer, said, desks, monkeypatch, capsys):
+    from OpenGL import GL
+    monkeypatch.setattr(GL, "glGetString", lambda _: renderer)
+    monkeypatch.setattr(formats, "TOLD", set())
+    for _ in range(2):
+        desks.tell_how_it_renders()
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
 def times(folder):
-    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("desk_*")}
 
 
 def test_robodesk_episodes_are_recorded_once(collected):
@@ -4850,6 +4974,14 @@ def test_a_recorded_robodesk_episode_serves_as_a_goal(tmp_path):
     assert [(state.shape, image.shape) for state, image in found] == [((73,), (64, 64, 3))]
 
 
+def test_goals_of_another_look_are_refused(collected, tmp_path):
+    for ending in (".mp4", ".npz"):
+        shutil.copy(collected / f"desk_00000{ending}", tmp_path / f"goal_push_red_0000{ending}")
+    assert desk.goals("push_red", str(tmp_path), 1)
+    with pytest.raises(UserError, match=f"{tmp_path} has published, --look has fast; take one"):
+        desk.goals("push_red", str(tmp_path), 1, look="fast")
+
+
 def test_vp2s_goals_are_read_in_their_order(tmp_path):
     needs("h5py")
     import h5py
@@ -4863,6 +4995,8 @@ def test_vp2s_goals_are_read_in_their_order(tmp_path):
     assert [state[0] for state, _ in found] == [2, 10]
     for (_, image), i in zip(found, (2, 10)):
         assert (image == i).all()
+    with pytest.raises(UserError, match="goals.hdf5 has published, --look has fast; take one"):
+        desk.goals("push_red", str(tmp_path / "goals.hdf5"), 30, look="fast")
 
 
 @pytest.mark.parametrize("camera, words", [

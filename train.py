@@ -30,7 +30,7 @@ from checkpoint import LatentCache, build, check_past, checkpoints, load_checkpo
 from config import PRESETS, Process, adopt, parse, phases
 from data import clips, loader, parse_source, program, random_crop, sources, to_video
 from flow import Draw
-from formats import UserError
+from formats import UserError, same_look
 from lam import Adapter
 from run import (Peak, Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
@@ -321,6 +321,9 @@ def prepare_and_train(cfg, process):
     data = None if "data" in absent else open_data(cfg)
     if cfg.mode == "adapt" and data and not world.adapter:
         world.adapter = new_adapter(cfg, world, data)
+    if data:
+        looks = {f"--data {name}": clips.look for name, clips in data.train.items()}
+        world.look = same_look({"the run that it comes from": world.look} | looks)
     cfg = adopt(cfg, world)
     world.to("meta" if cfg.dry_run else process.device)
     groups = parameter_groups(world)
