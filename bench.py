@@ -246,8 +246,7 @@ def blocks(args, process, dtype, l=5):
 
 def opensora_blocks(d, heads, dtype):
     """A spatial and a temporal block by Open-Sora v1.2's own code, in the folder $OPENSORA, without attention
-    to text. It needs rotary_embedding_torch 0.5.3 in $ROTARY; for the other packages that it imports we stand
-    in, for flash-attn by torch's own attention, for timm's MLP by ours."""
+    to text; $ROTARY: rotary_embedding_torch 0.5.3. Stand-ins: torch for flash-attn, our MLP for timm's."""
     unused = ("timm timm.models timm.models.layers timm.models.vision_transformer xformers xformers.ops "
               "mmengine mmengine.registry transformers opensora.utils opensora.utils.ckpt_utils")
     stand_ins = {name: mock.MagicMock() for name in unused.split()}
@@ -292,14 +291,12 @@ def item(name, flags, args, until):
     command = [__file__, *flags.split(), "--json=item.json", f"--samples={args.samples}", "--set", *args.set]
     command += ["--rehearse"] if args.rehearse else []
     if name == "tests":
-        command = ["-m", "pytest", "-q", "-k", "on_a_gpu", os.path.join(here, "test_all.py")]
+        command = ["-m", "pytest", "-q", "-k", "on_a_gpu", f"{here}/test_all.py"]
     if name == "training":
-        command = [os.path.join(here, "train.py"), "--preset=small", "--name=small"]
-        command += [f"--{setting}" for setting in args.set]
+        command = [f"{here}/train.py", "--preset=small", "--name=small", *(f"--{s}" for s in args.set)]
         command += ["--resume=out/small"] if os.path.exists(os.path.join(run, "config.json")) else []
-    left = until - time.time()
-    grace = min(30, left / 4)                   # to write a checkpoint in
-    limit = ["timeout", "--foreground", "--preserve-status", f"--kill-after={grace}", str(left - grace)]
+    grace = min(30, (until - time.time()) / 4)  # to write a checkpoint in
+    limit = f"timeout --foreground --preserve-status -k {grace} {until - time.time() - grace}".split()
     with open(os.path.join(args.out, "log.txt"), "a+") as log:
         began = log.tell()
         status = subprocess.call([*limit, sys.executable, *command], cwd=args.out, stdout=log, stderr=log)
@@ -323,8 +320,11 @@ def gpu_day(args, machine):
     """Measure what waits for a GPU, until the budget is spent; gpu.json, always whole, keeps what is done."""
     until, file, found = time.time() + args.budget, os.path.join(args.out, "gpu.json"), {}
     os.makedirs(args.out, exist_ok=True)
-    with suppress(FileNotFoundError), open(file) as f:
-        found = json.load(f)
+    try:
+        with suppress(FileNotFoundError), open(file) as f:
+            found = dict(json.load(f))
+    except (ValueError, TypeError):
+        raise UserError(f"{file}: not what --gpu writes; move it away") from None
     for name, flags in [item for call in args.gpu or CALLS for item in CALLS[call].items()]:
         before = found.get(name, {})            # of training it says whether it is finished
         done = machine.items() <= before.items() and before.get("finished", True)

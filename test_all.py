@@ -4887,7 +4887,7 @@ def test_bf16_changes_the_loss_by_little_on_a_gpu(gpu):
 
 
 def test_a_dream_is_the_cpus_on_a_gpu(gpu):
-    world, past, actions = small_world(), video(t=2), torch.randn(2, 5, 2, 4, generator=torch.Generator().manual_seed(0))
+    world, past, actions = small_world(), video(t=2), Draw(1)(torch.randn, 2, 5, 2, 4)
     want = world.rollout(past, actions, draw=drawing_on("cpu"))
     found = world.to(gpu).rollout(past.to(gpu), actions.to(gpu), draw=drawing_on(gpu)).cpu()
     assert torch.allclose(found, want, atol=1e-3)
@@ -5042,7 +5042,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path):
 def test_training_goes_on_in_the_next_call_and_nothing_begins_that_would_not_end(tmp_path):
     steps = []
     for call in (1, 2):
-        done = run("bench.py", *REHEARSAL, "--gpu", 3, "--budget", 40, cwd=tmp_path)
+        done = run("bench.py", *REHEARSAL, "--gpu", 3, "--budget", 30, cwd=tmp_path)
         training = measured(tmp_path)["training"]
         assert not training["finished"]
         assert "failed" not in training, (training, (tmp_path / "o/log.txt").read_text())
@@ -5082,6 +5082,13 @@ def test_a_bad_preset_gets_one_line(refusal_of):
 ])
 def test_bad_benchmarks_get_one_line(args, words, refusal_of):
     assert words in refusal_of(bench.main, *args)
+
+
+@pytest.mark.parametrize("content", ["", "null", "{"])
+def test_a_damaged_gpu_json_gets_one_line_and_stays(content, refusal_of, tmp_path):
+    (tmp_path / "gpu.json").write_text(content)
+    assert "not what --gpu writes" in refusal_of(bench.main, "--gpu", "--rehearse", "--out", tmp_path)
+    assert (tmp_path / "gpu.json").read_text() == content
 
 
 def test_what_waits_for_a_gpu_is_not_measured_without_one(refusal_of, monkeypatch):
