@@ -5018,6 +5018,88 @@ def test_a_robodesk_that_is_not_installed_says_how_to_install_it(monkeypatch):
         desk.Desk()
 
 
+# on a GPU -------------------------------------------------------------------------------------------------
+# skipped where there is none; `bench.py --gpu` finds them by their names
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with torch.backends.cudnn.flags(allow_tf32=False):          # which would round what is compared
+        yield torch.device("cuda")
+
+
+def drawing_on(device):
+    """A Draw of the CPU's numbers, on any device"""
+    draw = Draw(0)
+    return lambda random, b, *shape: draw(random, b, *shape).to(device)
+
+
+def learnt(world, clip, device, precision="fp32"):
+    """The loss of a clip on a device, and {parameter: gradient}, on the CPU"""
+    world.to(device).zero_grad()
+    with Process(device=device, precision=precision).autocast():
+        loss, _ = world(clip.to(device), drawing_on(device))
+    loss.backward()
+    return loss.item(), {name: p.grad.cpu() for name, p in world.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("make, clip", [
+    pytest.param(small_world, video(), id="pixels"),
+    pytest.param(strided_world, video(t=9, size=32), id="strided latents"),
+])
+def test_loss_and_gradients_are_the_cpus_on_a_gpu(make, clip, gpu):
+    want, wanted = learnt(make(), clip, torch.device("cpu"))
+    found, gradients = learnt(make(), clip, gpu)
+    assert found == pytest.approx(want, rel=1e-4)
+    for name, grad in wanted.items():
+        assert (gradients[name] - grad).norm() < 1e-2 * grad.norm() + 1e-6, name
+
+
+def test_bf16_changes_the_loss_by_little_on_a_gpu(gpu):
+    loss, _ = learnt(small_world(), video(), gpu)
+    rounded, _ = learnt(small_world(), video(), gpu, "bf16")
+    assert rounded == pytest.approx(loss, rel=0.03)
+    assert rounded != loss
+
+
+def test_a_dream_is_the_cpus_on_a_gpu(gpu):
+    world, past, actions = small_world(), video(t=2), Draw(1)(torch.randn, 2, 5, 2, 4)
+    want = world.rollout(past, actions, draw=drawing_on("cpu"))
+    found = world.to(gpu).rollout(past.to(gpu), actions.to(gpu), draw=drawing_on(gpu)).cpu()
+    assert torch.allclose(found, want, atol=1e-3)
+
+
+def test_more_rows_than_a_grid_holds_attend_on_a_gpu(gpu):
+    attention = transformer.Attention(16, 2, rope=True, causal=True).to(gpu)
+    x = torch.randn(70000, 3, 16, device=gpu, requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        y, _ = attention(x)
+        few, _ = attention(x[-100:])
+    y.sum().backward()
+    assert torch.allclose(y[-100:], few, atol=1e-2)
+    assert x.grad.isfinite().all()
+    assert x.grad[-1].any()
+
+
+def test_a_compiled_generator_gives_the_same_on_a_gpu(gpu):
+    dit = small_world().dit.to(gpu)
+    x, t, actions = video().to(gpu), torch.rand(2, 6, device=gpu), torch.randn(2, 5, 8, device=gpu)
+    want = dit(x, t, actions)
+    dit.compile()
+    assert torch.allclose(dit(x, t, actions), want, atol=1e-3)
+
+
+def test_a_run_and_its_resumption_train_in_bf16_on_a_gpu(gpu, tmp_path):
+    run("train.py", "--name", "g", "--pretrain", 2, "--warmup", 1, "--e2e", 2, *SMALL, cwd=tmp_path)
+    run("train.py", "--resume", "out/g", "--e2e", 4, cwd=tmp_path)
+    rows, last = result(tmp_path, "g")
+    assert (last["event"], last["step"], last["precision"]) == ("result", 7, "bf16")
+    assert all(np.isfinite(row["loss"]) for row in rows if row["event"] == "train")
+    load_world(str(tmp_path / "out/g")).rollout(video(1, 1, 16), torch.zeros(1, 3, 2, 16))      # on a CPU
+
+
 # speed ------------------------------------------------------------------------------------------------------
 
 
@@ -5084,6 +5166,84 @@ def test_dreams_are_timed_without_the_graphs_of_training(monkeypatch, capsys):
     assert "a new frame (dreams are not compiled) after 2" in capsys.readouterr().out
 
 
+# a world of pixels, as it takes seconds to draw the weights of Open-Sora's VAE
+REHEARSAL = ["--gpu", "--rehearse", "--out", "o", "--set", "vae_weights=none", "size=32", "lam_size=32",
+             "lam_patch=8", "patch=4", "eval_clips=2"]
+ITEMS = {name for items in bench.CALLS.values() for name in items}
+OF_CALL_2 = ["tiny-compiled", "blocks", "small-dreams"]         # one of each kind
+
+
+def measured(folder):
+    """What gpu.json holds"""
+    return json.loads((folder / "o/gpu.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """A folder in which all that waits for a GPU was rehearsed"""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")                # to compile takes a minute
+        patch.delenv("OPENSORA", raising=False)
+        run("bench.py", *REHEARSAL, "--gpu", 1, cwd=folder)
+        run("bench.py", *REHEARSAL, "--only", *OF_CALL_2, cwd=folder)
+    return folder
+
+
+def test_all_that_waits_for_a_gpu_is_rehearsed(rehearsed):
+    found = measured(rehearsed)
+    assert found.keys() == {*bench.CALLS[1], *OF_CALL_2}
+    assert {name: row["failed"] for name, row in found.items() if "failed" in row} == {}
+    assert all(row["device"] and row["rehearsal"] for row in found.values())
+    assert "7 skipped" in found["tests"]["summary"] or torch.cuda.is_available()
+    for preset in ("tiny", "small", "opensora"):
+        assert found[preset]["peak_memory_gb"] > found[preset]["estimated_memory_gb"] > 0
+        assert found[preset]["step_seconds"] > 0
+    assert found["tiny-compiled"]["compile"]
+    assert found["small-dreams"]["plans_per_second"] > 0
+    assert found["blocks"]["blocks_speedup"] == "no folder of Open-Sora's source in $OPENSORA"
+
+
+def test_what_is_measured_is_not_measured_again(rehearsed):
+    before = measured(rehearsed)
+    assert run("bench.py", *REHEARSAL, "--gpu", 1, cwd=rehearsed).stdout == ""
+    assert measured(rehearsed) == before
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(tmp_path):
+    done = run("bench.py", *REHEARSAL, "heads=3", "--only", "tiny", "tests", cwd=tmp_path)
+    found = measured(tmp_path)
+    assert found["tiny"]["failed"].startswith("ended with 2: bench.py: --hidden 16: must be a multiple")
+    assert "failed" not in found["tests"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["tests", "tiny"]
+
+
+def test_training_goes_on_in_the_next_call_and_nothing_begins_that_would_not_end(tmp_path):
+    steps = []
+    for call in (1, 2):
+        done = run("bench.py", *REHEARSAL, "--gpu", 3, "--budget", 20, cwd=tmp_path)
+        training = measured(tmp_path)["training"]
+        assert not training["finished"]
+        assert "failed" not in training, (training, (tmp_path / "o/log.txt").read_text())
+        steps.append(load_checkpoint(str(tmp_path / "o/out/small"))["step"])
+        assert training["step, loss, steps a second"][-1][0] in (steps[-1], steps[-1] - 1)
+    assert 0 < steps[0] < steps[1]
+    done = run("bench.py", *REHEARSAL, "--budget", 4, cwd=tmp_path)
+    assert len(done.stdout.splitlines()) == len(ITEMS)
+    assert "tiny: left for a later call, as it may take 5 s" in done.stdout
+    assert measured(tmp_path).keys() == {"training"}
+
+
+def test_a_call_that_is_cut_off_leaves_what_it_has(tmp_path):
+    process = start("bench.py", *REHEARSAL, "--only", "tiny", "opensora", "small-dreams", cwd=tmp_path)
+    until((tmp_path / "o/gpu.json").exists, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    first = measured(tmp_path)
+    assert "small-dreams" not in first
+    assert first["tiny"]["step_seconds"] > 0
+
+
 def test_a_bad_preset_gets_one_line(refusal_of):
     assert "choose from" in refusal_of(bench.main, "--preset", "huge")
 
@@ -5093,9 +5253,23 @@ def test_a_bad_preset_gets_one_line(refusal_of):
     (["--batch", "0"], "argument --batch: 0: must be at least 1"),
     (["--json", "nowhere/b.json"], "--json nowhere/b.json: takes the name of a file"),
     (["--json", "."], "--json .: takes the name of a file"),
+    (["--gpu", "4"], "argument --gpu: 4: must be at least 1, at most 3"),
+    (["--gpu", "--only", "huge"], "argument --only: invalid choice: 'huge'"),
 ])
 def test_bad_benchmarks_get_one_line(args, words, refusal_of):
     assert words in refusal_of(bench.main, *args)
+
+
+@pytest.mark.parametrize("content", ["", "null", "{"])
+def test_a_damaged_gpu_json_gets_one_line_and_stays(content, refusal_of, tmp_path):
+    (tmp_path / "gpu.json").write_text(content)
+    assert "not what --gpu writes" in refusal_of(bench.main, "--gpu", "--rehearse", "--out", tmp_path)
+    assert (tmp_path / "gpu.json").read_text() == content
+
+
+def test_what_waits_for_a_gpu_is_not_measured_without_one(refusal_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--gpu: there is none here" in refusal_of(bench.main, "--gpu", "1")
 
 
 # the paper's figures and tables ---------------------------------------------------------------------------
