@@ -17,7 +17,7 @@ from dit import DiT, DiTConfig, action_depth, load_opensora
 from flow import FlowConfig, World
 from formats import UserError, first_line, speaks, whole
 from lam import LAM, Adapter, LAMConfig
-from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
+from vae import FrameVAE, OpenSoraVAE, PixelVAE, load_opensora_vae
 
 
 def load_checkpoint(path):
@@ -98,12 +98,23 @@ def check_past(cfg, state):
         raise UserError(f"--resume {cfg.resume}: its steps were {was}; by these lengths they would be {now}")
 
 
+def restore_vae(state, vae_weights=None):
+    """The VAE of a checkpoint's content. vae_weights: where Open-Sora's lies now, or None, "none"."""
+    source = state["world"]["vae"]
+    if source == "none":
+        return PixelVAE()
+    if isinstance(source, dict):
+        vae = FrameVAE(**source)
+        vae.load_state_dict(state["vae"])
+        return vae
+    return load_opensora_vae(source if vae_weights in (None, "none") else vae_weights)
+
+
 def restore(state, vae_weights=None):
-    """World from a checkpoint's content. vae_weights: where its VAE lies now, or None, "none"."""
+    """World from a checkpoint's content; `vae_weights` as for `restore_vae`."""
     config = state["world"]
-    path = config["vae"] if vae_weights in (None, "none") else vae_weights
     try:
-        vae = PixelVAE() if config["vae"] == "none" else load_opensora_vae(path)
+        vae = restore_vae(state, vae_weights)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(error) from None
     lam, dit = LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"]))
@@ -137,6 +148,13 @@ def load_generator(path, **action):
             dit.load_state_dict(dit.state_dict() | body)
             return dit
     return load_opensora(path, **action)
+
+
+def load_vae(path):
+    """The VAE of a run of ours, or Open-Sora's."""
+    if os.path.exists(os.path.join(path, "ckpt.pt")) or path.endswith("ckpt.pt"):
+        return restore_vae(load_checkpoint(path))
+    return load_opensora_vae(path)
 
 
 def build_lam(cfg):
@@ -191,15 +209,17 @@ def build(cfg, absent=()):
 def build_parts(cfg, absent):
     torch.manual_seed(cfg.seed)
     lam = build_lam(cfg)
-    if cfg.vae_weights == "none":
+    if cfg.mode == "vae":
+        vae = FrameVAE()
+    elif cfg.vae_weights == "none":
         vae = PixelVAE()
     else:
-        vae = OpenSoraVAE() if "vae_weights" in absent else load_opensora_vae(cfg.vae_weights)
+        vae = OpenSoraVAE() if "vae_weights" in absent else load_vae(cfg.vae_weights)
     action = dict(action_dim=vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim,
                   action_scale=lam.cfg.latent_scale, action_std=cfg.action_std)     # of DiTConfig
     torch.manual_seed(cfg.seed)
     if cfg.dit_weights == "none" or "dit_weights" in absent:
-        outputs = vae.channels if cfg.vae_weights == "none" else 2 * vae.channels
+        outputs = 2 * vae.channels if isinstance(vae, OpenSoraVAE) else vae.channels
         latents = dict(channels=vae.channels, out_channels=outputs, pixel_stride=vae.pixel_stride)
         dit = DiT(DiTConfig(**sizes(cfg, "dit") | action | latents, action_depth=action_depth(cfg.depth)))
     else:

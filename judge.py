@@ -141,6 +141,19 @@ def probe_source(world, train, test, pairs, seed=0, shuffled=False):
     return out
 
 
+@torch.no_grad()
+def reconstruct(vae, dataset, n, batch=16):
+    """PSNR and SSIM of n held-out clips as the VAE decodes their latents, and the first [clips, decoded]."""
+    device, scores, shown = next(vae.parameters()).device, [], None
+    for i in range(0, n, batch):
+        video = to_video(dataset[range(i, min(i + batch, n))]["video"], device)
+        decoded = vae.decode(vae.encode(video), video.shape[2]).clamp(-1, 1)
+        shown = shown or [video.cpu(), decoded.cpu()]
+        scores.append(torch.stack([psnr(decoded, video), 100 * ssim(decoded, video)]))
+    of_vae = torch.cat(scores, 1).mean(1).tolist()
+    return dict.fromkeys(RESULTS) | dict(zip(("psnr_vae", "ssim_vae"), of_vae)), shown
+
+
 def fdm_rollout(world, video, z):
     """The FDM's own rollout from the first frame, at the LAM's resolution: (b, 3, t, size, size)"""
     frames = [resize(video[:, :, :1], world.lam.cfg.size)]
@@ -183,8 +196,9 @@ def dreams(world, data, variants, others=None, seed=0, steps=None, guidance=None
     out = {}
     for variant in variants:
         draw = Draw(seed, device=device)                        # the same noise for all
-        if variant == "copy":
-            out[variant] = video[:, :, :1].expand_as(video)
+        if variant == "copy":                                   # as the VAE decodes it
+            first = world.vae.decode(world.vae.encode(video[:, :, :1]), 1)
+            out[variant] = first.expand_as(video)
         elif variant == "fdm":
             out[variant] = resize(fdm_rollout(world, video, z), video.shape[-1])
         elif variant == "whole":

@@ -31,6 +31,7 @@ from formats import UserError
 from lam import Adapter
 from run import (Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
+from vae import FrameVAE
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 
@@ -60,8 +61,14 @@ def codes(phase, world, model, clip, video, draw, latents):
     return loss, {"accuracy": accuracy, "indices": indices}
 
 
+def frames(phase, world, model, clip, video, draw, latents):
+    """Reconstruction error of single frames, and the KL term (`FrameVAE.forward`)."""
+    return model(video, draw)
+
+
 # name: the part of the world that computes it, and the function
-LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter", codes)}
+LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter", codes),
+          "frames": ("vae", frames)}
 
 
 # before the loop ---------------------------------------------------------------------------------------
@@ -92,7 +99,7 @@ def new_adapter(cfg, world, data):
 def check(cfg, world):
     """UserError if the phases cannot train this world."""
     trains = {group for phase in phases(cfg) for group in phase.trains}
-    if not world.lam.quantize and trains != {"body"} and "lam" not in trains:
+    if not world.lam.quantize and "lam" not in trains and trains & {"action", "adapter"}:
         raise UserError("the LAM would stay frozen, but its latent actions are still continuous: "
                         "the run it comes from was stopped too early")
     if "fdm" in trains and not world.lam.fdm:
@@ -104,8 +111,9 @@ def parameter_groups(world):
     lam = [p for name, p in world.lam.named_parameters() if not name.startswith("fdm.")]
     fdm = list(world.lam.fdm.parameters()) if world.lam.fdm else []
     adapter = list(world.adapter.parameters()) if world.adapter else []
+    vae = list(world.vae.parameters()) if isinstance(world.vae, FrameVAE) else []
     groups = {"lam": lam, "fdm": fdm, "action": list(world.dit.action.parameters()), "body": world.dit.body(),
-              "adapter": adapter}
+              "adapter": adapter, "vae": vae}
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
