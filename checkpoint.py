@@ -16,7 +16,7 @@ from config import Config, mistyped, phases, sizes
 from dit import DiT, DiTConfig, action_depth, load_opensora
 from flow import FlowConfig, World
 from formats import UserError, first_line, speaks, whole
-from lam import LAM, Adapter, LAMConfig
+from lam import LAM, Adapter, LAMConfig, TrueActions
 from vae import FrameVAE, OpenSoraVAE, PixelVAE, load_opensora_vae
 
 
@@ -123,7 +123,8 @@ def restore(state, vae_weights=None):
     world.dit.load_state_dict(state["dit"])
     world.lam.quantize = state["quantize"]
     if config["adapter"]:
-        world.adapter = Adapter(config["adapter"], world.lam.cfg)
+        kind = TrueActions if config["true_actions"] else Adapter
+        world.adapter = kind(config["adapter"], world.lam.cfg)
         world.adapter.load_state_dict(state["adapter"])
     return world
 
@@ -152,9 +153,12 @@ def load_generator(path, **action):
 
 def load_vae(path):
     """The VAE of a run of ours, or Open-Sora's."""
-    if os.path.exists(os.path.join(path, "ckpt.pt")) or path.endswith("ckpt.pt"):
-        return restore_vae(load_checkpoint(path))
-    return load_opensora_vae(path)
+    if not (os.path.exists(os.path.join(path, "ckpt.pt")) or os.path.basename(path).startswith("ckpt")):
+        return load_opensora_vae(path)
+    state = load_checkpoint(path)
+    if state["world"]["vae"] == "none":
+        raise UserError(f"--vae_weights {path}: has no VAE of its own; --mode vae trains one")
+    return restore_vae(state)
 
 
 def build_lam(cfg):

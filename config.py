@@ -58,6 +58,8 @@ class Config:
     adapter_steps: int = setting(1000, "adapt: steps of the adapter, on 4 batches each", changes=True)
     adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM", changes=True)
     vae_steps: int = setting(3000, "vae: steps", changes=True)
+    actions: str = setting("latent", "joint: what drives the generator: latent actions, or the true ones of "
+                                     "--data, the upper bound, with no LAM", choices=("latent", "true"))
     real_share: float = setting(0.5, "(ours) adapt: share of clips driven by real actions, through "
                                      "the adapter; the paper: 0", most=1, size="flow.real_share")
     # clips
@@ -238,14 +240,17 @@ def phases(cfg):
         return Phase(name, steps, trains, loss, **(common | more))
 
     web = "web" if cfg.data in TOY else cfg.data
-    together = ("action", "body") if cfg.freeze_lam else ("lam", "action", "body")
+    true = cfg.actions == "true"
+    lam = () if true else ("lam",)
+    together = (("action", "body") if cfg.freeze_lam else lam + ("action", "body"))
     pretrain = phase("pretrain", cfg.pretrain, ("body",), data=web, crop=cfg.crop, codes=False, dreams=False,
                      causal=cfg.causal)
     schedules = {
         "pretrain": [],
         "two-stage": [[phase("lam", cfg.lam_steps, ("lam", "fdm"), "pixels", dreams=False)],
                       [phase("wm", cfg.wm_steps, ("action", "body"))]],
-        "joint": [[phase("warmup", cfg.warmup, ("lam", "action")), phase("e2e", cfg.e2e, together)]],
+        "joint": [[phase("warmup", cfg.warmup, lam + ("action",), codes=not true, real=true),
+                   phase("e2e", cfg.e2e, together, codes=not true, real=true)]],
         "adapt": [[phase("adapter", cfg.adapter_steps, ("adapter",), "codes", batch=4 * cfg.batch,
                          dreams=False)],
                   [phase("adapt", cfg.adapt_steps, ("action", "body"), real=True)]],
@@ -373,6 +378,8 @@ def check(parser, cfg, base):
         parser.error("nothing to train: every phase has 0 steps")
     if cfg.mode == "adapt" and cfg.init == "none":
         parser.error("--mode adapt: needs --init, a trained world")
+    if cfg.actions == "true" and cfg.mode not in ("joint", "pretrain"):
+        parser.error(f"--actions true: has no LAM to train; --mode {cfg.mode} has nothing else")
     if cfg.mode == "two-stage" and not cfg.lam_steps and cfg.init == cfg.init_lam == "none":
         parser.error("--lam_steps 0: needs --init_lam or --init, a trained LAM")
     replaced = cfg.init_lam != "none" or cfg.dit_weights not in ("none", base.get("dit_weights"))

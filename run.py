@@ -310,7 +310,7 @@ class Watch:
         """Measure on held-out clips, and log it as `event`; `share` of the final numbers of clips."""
         cfg, heldout, videos = self.cfg, self.data.heldout[self.phase.data], None
         with self.measuring():
-            if self.phase.codes:
+            if self.phase.codes or self.phase.real:
                 dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0
                 transitions = 64 * cfg.eval_clips
                 numbers, videos = report(self.world, heldout, self.data.labelled, dreamed,

@@ -218,8 +218,9 @@ class FrameVAE(nn.Module):
     def decode(self, latents, frames):
         """The inverse of `encode`: (b, channels, l, h, w) -> (b, 3, frames, 8h, 8w), about in [-1, 1]"""
         z = rearrange(latents[:, :, :frames].float(), "b c t h w -> (b t) c h w")
-        mean, var = (x[:, None, None] for x in (self.norm.running_mean, self.norm.running_var + self.norm.eps))
-        return rearrange(self.pixels(z * var.sqrt() + mean), "(b t) c h w -> b c t h w", b=len(latents))
+        std = (self.norm.running_var + self.norm.eps).sqrt()
+        z = z * std[:, None, None] + self.norm.running_mean[:, None, None]
+        return rearrange(self.pixels(z), "(b t) c h w -> b c t h w", b=len(latents))
 
 
 # the temporal VAE --------------------------------------------------------------------------------
