@@ -204,7 +204,8 @@ def say(numbers, samples):
         return
     frames = ", ".join(f"after {n}: {s['cached']:.3f} s (no cache {s['plain']:.3f} s)"
                        for n, s in row.rollout_seconds_a_frame.items())
-    print(f"{row.preset}: a new frame{' (dreams are not compiled)' * row.compile} {frames}; x{row.rollout_cached_speedup:.1f} at 16, "
+    eager = " (dreams are not compiled)" if row.compile else ""
+    print(f"{row.preset}: a new frame{eager} {frames}; x{row.rollout_cached_speedup:.1f} at 16, "
           f"frame 16 / frame 2 {row.frame16_over_frame2:.2f}")
     if "plans_per_second" in row:
         print(f"{row.preset}: a plan of {samples} candidates x horizon 10, 3 denoising steps: "

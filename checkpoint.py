@@ -16,8 +16,8 @@ from config import Config, mistyped, phases, sizes
 from dit import DiT, DiTConfig, action_depth, load_opensora
 from flow import FlowConfig, World
 from formats import UserError, first_line, speaks, whole
-from lam import LAM, Adapter, LAMConfig
-from vae import OpenSoraVAE, PixelVAE, load_opensora_vae
+from lam import LAM, Adapter, LAMConfig, TrueActions
+from vae import FrameVAE, OpenSoraVAE, PixelVAE, load_opensora_vae
 
 
 def load_checkpoint(path):
@@ -98,12 +98,23 @@ def check_past(cfg, state):
         raise UserError(f"--resume {cfg.resume}: its steps were {was}; by these lengths they would be {now}")
 
 
+def restore_vae(state, vae_weights=None):
+    """The VAE of a checkpoint's content. vae_weights: where Open-Sora's lies now, or None, "none"."""
+    source = state["world"]["vae"]
+    if source == "none":
+        return PixelVAE()
+    if isinstance(source, dict):
+        vae = FrameVAE(**source)
+        vae.load_state_dict(state["vae"])
+        return vae
+    return load_opensora_vae(source if vae_weights in (None, "none") else vae_weights)
+
+
 def restore(state, vae_weights=None):
-    """World from a checkpoint's content. vae_weights: where its VAE lies now, or None, "none"."""
+    """World from a checkpoint's content; `vae_weights` as for `restore_vae`."""
     config = state["world"]
-    path = config["vae"] if vae_weights in (None, "none") else vae_weights
     try:
-        vae = PixelVAE() if config["vae"] == "none" else load_opensora_vae(path)
+        vae = restore_vae(state, vae_weights)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(error) from None
     lam, dit = LAM(LAMConfig(**config["lam"])), DiT(DiTConfig(**config["dit"]))
@@ -113,7 +124,8 @@ def restore(state, vae_weights=None):
     world.lam.quantize = state["quantize"]
     world.look = config.get("look", "")         # runs of before there were two have none
     if config["adapter"]:
-        world.adapter = Adapter(config["adapter"], world.lam.cfg)
+        kind = TrueActions if config.get("true_actions") else Adapter           # older runs know no other
+        world.adapter = kind(config["adapter"], world.lam.cfg)
         world.adapter.load_state_dict(state["adapter"])
     return world
 
@@ -138,6 +150,16 @@ def load_generator(path, **action):
             dit.load_state_dict(dit.state_dict() | body)
             return dit
     return load_opensora(path, **action)
+
+
+def load_vae(path):
+    """The VAE of a run of ours, with the look of what it has seen, or Open-Sora's, with ""."""
+    if not (os.path.exists(os.path.join(path, "ckpt.pt")) or os.path.basename(path).startswith("ckpt")):
+        return load_opensora_vae(path), ""
+    state = load_checkpoint(path)
+    if state["world"]["vae"] == "none":
+        raise UserError(f"--vae_weights {path}: has no VAE of its own; --mode vae trains one")
+    return restore_vae(state), state["world"]["look"]
 
 
 def build_lam(cfg):
@@ -192,20 +214,27 @@ def build(cfg, absent=()):
 def build_parts(cfg, absent):
     torch.manual_seed(cfg.seed)
     lam = build_lam(cfg)
-    if cfg.vae_weights == "none":
+    look = ""
+    if cfg.mode == "vae":
+        vae = FrameVAE()
+    elif cfg.vae_weights == "none":
         vae = PixelVAE()
+    elif "vae_weights" in absent:
+        vae = OpenSoraVAE()
     else:
-        vae = OpenSoraVAE() if "vae_weights" in absent else load_opensora_vae(cfg.vae_weights)
+        vae, look = load_vae(cfg.vae_weights)
     action = dict(action_dim=vae.time_stride * lam.cfg.tokens * lam.cfg.code_dim,
                   action_scale=lam.cfg.latent_scale, action_std=cfg.action_std)     # of DiTConfig
     torch.manual_seed(cfg.seed)
     if cfg.dit_weights == "none" or "dit_weights" in absent:
-        outputs = vae.channels if cfg.vae_weights == "none" else 2 * vae.channels
+        outputs = 2 * vae.channels if isinstance(vae, OpenSoraVAE) else vae.channels
         latents = dict(channels=vae.channels, out_channels=outputs, pixel_stride=vae.pixel_stride)
         dit = DiT(DiTConfig(**sizes(cfg, "dit") | action | latents, action_depth=action_depth(cfg.depth)))
     else:
         dit = load_generator(cfg.dit_weights, **action)
-    return World(lam, dit, vae)
+    world = World(lam, dit, vae)
+    world.look = look
+    return world
 
 
 class LatentCache:

@@ -37,14 +37,16 @@ class Config:
     mode: str = setting("joint", "joint: the generator is the forward model; two-stage: first LAM with "
                                  "FDM, then the generator on the frozen LAM; pretrain: the generator "
                                  "alone, without actions; adapt: to the real actions of --data, from "
-                                 "--init", choices=("joint", "two-stage", "pretrain", "adapt"))
+                                 "--init; vae: a small VAE of frames, for --vae_weights",
+                      choices=("joint", "two-stage", "pretrain", "adapt", "vae"))
     data: str = setting("toy", "toy, or sources of video with weights: see python data.py --help")
     seed: int = setting(0, "seed of weights, data order and noise")
     init: str = setting("none", "run or checkpoint whose LAM, generator, action modules to start from")
     init_lam: str = setting("none", "run or checkpoint whose LAM to start from")
     resume: str = setting("none", "run folder to go on in, with its settings", changes=True)
     dit_weights: str = setting("none", "generator to start from: Open-Sora's folder or file, or our run")
-    vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file; none: pixels", changes=True)
+    vae_weights: str = setting("none", "Open-Sora's VAE, a folder or file, or a run of --mode vae; none: "
+                                       "pixels", changes=True)
     # phases
     pretrain: int = setting(300, "steps without actions; none with --dit_weights or --init", changes=True)
     causal: bool = setting(True, "pretrain: causal attention, as afterwards; 0: as Open-Sora, bidirectional")
@@ -55,6 +57,9 @@ class Config:
     wm_steps: int = setting(1600, "two-stage: steps of the world model on the frozen LAM", changes=True)
     adapter_steps: int = setting(1000, "adapt: steps of the adapter, on 4 batches each", changes=True)
     adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM", changes=True)
+    vae_steps: int = setting(3000, "vae: steps", changes=True)
+    actions: str = setting("latent", "joint: what drives the generator: latent actions, or the true ones of "
+                                     "--data, the upper bound, with no LAM", choices=("latent", "true"))
     real_share: float = setting(0.5, "(ours) adapt: share of clips driven by real actions, through "
                                      "the adapter; the paper: 0", most=1, size="flow.real_share")
     # clips
@@ -197,8 +202,8 @@ class Phase:
     """A row of what a run does."""
     name: str
     steps: int
-    trains: tuple                       # groups of parameters: lam, fdm, action, body, adapter
-    loss: str                           # a key of train.LOSSES: flow, pixels or codes
+    trains: tuple                       # groups of parameters: lam, fdm, action, body, adapter, vae
+    loss: str                           # a key of train.LOSSES: flow, pixels, codes or frames
     data: str
     batch: int                          # clips a step, over all ranks
     crop: float                         # smallest side of the random crop; 1 where the LAM is frozen
@@ -235,19 +240,23 @@ def phases(cfg):
         return Phase(name, steps, trains, loss, **(common | more))
 
     web = "web" if cfg.data in TOY else cfg.data
-    together = ("action", "body") if cfg.freeze_lam else ("lam", "action", "body")
+    true = cfg.actions == "true"
+    lam = () if true else ("lam",)
+    together = (("action", "body") if cfg.freeze_lam else lam + ("action", "body"))
     pretrain = phase("pretrain", cfg.pretrain, ("body",), data=web, crop=cfg.crop, codes=False, dreams=False,
                      causal=cfg.causal)
     schedules = {
         "pretrain": [],
         "two-stage": [[phase("lam", cfg.lam_steps, ("lam", "fdm"), "pixels", dreams=False)],
                       [phase("wm", cfg.wm_steps, ("action", "body"))]],
-        "joint": [[phase("warmup", cfg.warmup, ("lam", "action")), phase("e2e", cfg.e2e, together)]],
+        "joint": [[phase("warmup", cfg.warmup, lam + ("action",), codes=not true, real=true),
+                   phase("e2e", cfg.e2e, together, codes=not true, real=true)]],
         "adapt": [[phase("adapter", cfg.adapter_steps, ("adapter",), "codes", batch=4 * cfg.batch,
                          dreams=False)],
                   [phase("adapt", cfg.adapt_steps, ("action", "body"), real=True)]],
+        "vae": [[phase("vae", cfg.vae_steps, ("vae",), "frames", codes=False, dreams=False)]],
     }[cfg.mode]
-    if cfg.mode == "pretrain" or cfg.dit_weights == cfg.init == "none":
+    if cfg.mode == "pretrain" or cfg.mode != "vae" and cfg.dit_weights == cfg.init == "none":
         schedules = [[pretrain]] + schedules
     rows, first = [], 0
     for schedule in schedules:
@@ -369,6 +378,8 @@ def check(parser, cfg, base):
         parser.error("nothing to train: every phase has 0 steps")
     if cfg.mode == "adapt" and cfg.init == "none":
         parser.error("--mode adapt: needs --init, a trained world")
+    if cfg.actions == "true" and cfg.mode not in ("joint", "pretrain"):
+        parser.error(f"--actions true: has no LAM to train; --mode {cfg.mode} has nothing else")
     if cfg.mode == "two-stage" and not cfg.lam_steps and cfg.init == cfg.init_lam == "none":
         parser.error("--lam_steps 0: needs --init_lam or --init, a trained LAM")
     replaced = cfg.init_lam != "none" or cfg.dit_weights not in ("none", base.get("dit_weights"))

@@ -193,9 +193,10 @@ def losses(case):
     args, rows = case.args, {}
     for source, data in case.heldout.items():
         # latent actions that are still continuous belong to a LAM that has not been trained
-        for kind in ("inferred", "none") if case.world.lam.quantize else ("none",):
+        kinds = ["inferred", "none"] if case.world.lam.quantize else ["none"]
+        for kind in ["true", "none"] if case.world.true_actions else kinds:
             rows[f"{label(source)} {kind}"] = by_column([
-                loss_by_time(case.world, data, args.clips, kind == "inferred", seed=seed)
+                loss_by_time(case.world, data, args.clips, kind != "none", seed=seed)
                 for seed in args.seeds])
     return rows
 
@@ -208,7 +209,9 @@ def prediction(case):
     rows = {}
     for source, data in case.heldout.items():
         made, videos = predict_rows(case, case.world, data, variants)
-        rows |= {f"{label(source)} {variant}": row for variant, row in made.items()}
+        own = "true" if case.world.true_actions else "inferred"                 # actions that drive it
+        rows |= {f"{label(source)} {own if variant == 'inferred' else variant}": row
+                 for variant, row in made.items()}
         if case.process.master:
             save_gif(os.path.join(case.out, "samples", f"predict-{label(source)}.gif"), videos)
     return rows
@@ -335,6 +338,8 @@ def open_case(args, process):
     """What the command line names, opened. Raises UserError for what cannot be."""
     state = load_checkpoint(args.ckpt)
     config, world = state["config"], restore(state, args.vae_weights).to(process.device).eval()
+    if world.true_actions and args.task not in ("predict", "loss"):
+        raise UserError(f"{args.ckpt}: is driven by true actions; of it --task predict and loss are measured")
     if args.task in ("codebook", "transfer", "all") and not world.lam.quantize:
         raise UserError(f"{args.ckpt}: its latent actions are still continuous")
     measured = video_measures(config["size"], config["eval_frames"], process.device, args.i3d)

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from lam import TrueActions
 from transformer import KVCache
 
 
@@ -141,7 +142,13 @@ class World(nn.Module):
             "vae": self.vae.source,
             "adapter": self.adapter.action_dim if self.adapter else None,
             "look": self.look,
+            "true_actions": self.true_actions,
         }
+
+    @property
+    def true_actions(self):
+        """Whether the data's own actions drive the generator, and no LAM does"""
+        return isinstance(self.adapter, TrueActions)
 
     def check_frames(self, t):
         """ValueError unless each latent frame but the first stands for time_stride frames and actions."""
@@ -168,7 +175,7 @@ class World(nn.Module):
             fps: (b,) frames a second, or None.
             use_actions: False for pre-training without action modules.
             latents: what the VAE makes of the video, where it is known.
-            real: (b, t-1, a) real actions, for adaptation.
+            real: (b, t-1, a) real actions, for adaptation, and for a world that they drive.
 
         Returns:
             loss, and a dict: `flow` and `vq` (scalars), `indices` (b, t-1, k), and for each clip `clip_t`,
@@ -178,7 +185,7 @@ class World(nn.Module):
         actions, indices, vq = None, None, video.new_zeros(())
         if use_actions:
             # infer and quantize
-            z, indices, vq = self.lam.encode(video, draw)
+            z, indices, vq = self.encode(video, real, draw)
             z = self.drive(z, real, draw)
             actions = self.drop(self.pack(z), draw)                             # (b, l-1, r*k*d)
         # noise all frames but the context: 1 clean frame with probability 1/2, else 1 .. l-1
@@ -200,9 +207,15 @@ class World(nn.Module):
         return flow + vq, {"flow": flow.detach(), "vq": vq.detach(), "indices": indices,
                            "clip_t": t, "clip_flow": clip_flow.detach()}
 
+    def encode(self, video, real=None, draw=None):
+        """What drives the generator along a clip: `LAM.encode`, or the `real` actions where they do."""
+        if self.true_actions:
+            return self.adapter(real.to(video.device)), None, video.new_zeros(())
+        return self.lam.encode(video, draw)
+
     def drive(self, z, real, draw):
         """Adaptation (ours): the adapter drives some of the clips, by their real actions."""
-        if real is None or not self.cfg.real_share:
+        if real is None or not self.cfg.real_share or self.true_actions:
             return z
         driven = draw(torch.rand, len(z), 1, 1, 1) < self.cfg.real_share
         return torch.where(driven, self.latent_actions(real), z)
@@ -218,6 +231,8 @@ class World(nn.Module):
 
     def latent_actions(self, actions):
         """What the adapter makes of real actions (b, t-1, a): (b, t-1, k, d)"""
+        if self.true_actions:
+            return self.adapter(actions)
         return F.embedding(self.adapter(actions).argmax(-1), self.lam.vq.codebook)
 
     def begin(self, frames, z):

@@ -141,6 +141,19 @@ def probe_source(world, train, test, pairs, seed=0, shuffled=False):
     return out
 
 
+@torch.no_grad()
+def reconstruct(vae, dataset, n, batch=16):
+    """PSNR and SSIM of n held-out clips as the VAE decodes their latents, and the first [clips, decoded]."""
+    device, scores, shown = next(vae.parameters()).device, [], None
+    for i in range(0, n, batch):
+        video = to_video(dataset[range(i, min(i + batch, n))]["video"], device)
+        decoded = vae.decode(vae.encode(video), video.shape[2]).clamp(-1, 1)
+        shown = shown or [video.cpu(), decoded.cpu()]
+        scores.append(torch.stack([psnr(decoded, video), 100 * ssim(decoded, video)]))
+    of_vae = torch.cat(scores, 1).mean(1).tolist()
+    return dict.fromkeys(RESULTS) | dict(zip(("psnr_vae", "ssim_vae"), of_vae)), shown
+
+
 def fdm_rollout(world, video, z):
     """The FDM's own rollout from the first frame, at the LAM's resolution: (b, 3, t, size, size)"""
     frames = [resize(video[:, :, :1], world.lam.cfg.size)]
@@ -165,26 +178,28 @@ def dreams(world, data, variants, others=None, seed=0, steps=None, guidance=None
     """Clips dreamed from their first frame, under the same noise each time (Table 2).
 
     Args:
-        variants: some of `inferred` actions; `shuffled`, those of `others`, as many clips; `null`, zeros;
-            `copy`, the first frame held still; `whole`, inferred actions, but all frames of the clip at once;
-            `fdm`, the FDM's own rollout; `adapted`, the adapter's codes for the true actions.
+        variants: some of `inferred` actions (the true ones where those drive the world); `shuffled`, those of
+            `others`, as many clips; `null`, zeros; `copy`, the first frame held still, as the VAE decodes it;
+            `whole`, inferred actions, but all frames of the clip at once; `fdm`, the FDM's own rollout;
+            `adapted`, the adapter's codes for the true actions.
         steps, guidance: sampling settings; None: the world's own.
 
     Returns the true video (b, 3, t, h, w) and {variant: such a video}.
     """
     device = next(world.parameters()).device
     video, fps = to_video(data["video"], device), data["fps"].to(device)
-    z = world.lam.encode(video)[0]                                              # (b, t-1, k, d)
+    z = world.encode(video, data.get("actions"))[0]                             # (b, t-1, k, d)
     actions = {"inferred": z, "null": torch.zeros_like(z)}
     if "shuffled" in variants:
-        actions["shuffled"] = world.lam.encode(to_video(others["video"], device))[0]
+        actions["shuffled"] = world.encode(to_video(others["video"], device), others.get("actions"))[0]
     if "adapted" in variants:
         actions["adapted"] = world.latent_actions(data["actions"].to(device))
     out = {}
     for variant in variants:
         draw = Draw(seed, device=device)                        # the same noise for all
-        if variant == "copy":
-            out[variant] = video[:, :, :1].expand_as(video)
+        if variant == "copy":                                   # as the VAE decodes it
+            first = world.vae.decode(world.vae.encode(video[:, :, :1]), 1)
+            out[variant] = first.expand_as(video)
         elif variant == "fdm":
             out[variant] = resize(fdm_rollout(world, video, z), video.shape[-1])
         elif variant == "whole":
@@ -237,9 +252,12 @@ def join(parts):
 
 
 def as_trained(world, data):
-    """Clips, as many frames of each as the generator sees at once: video (b, 3, t, h, w), fps (b,)"""
+    """Clips, as many frames of each as the generator sees at once: video (b, 3, t, h, w), fps (b,), and the
+    true actions (b, t-1, a) if those drive it."""
     device, frames = next(world.parameters()).device, 1 + world.cfg.window * world.vae.time_stride
-    return to_video(data["video"][:, :frames], device), data["fps"].to(device)
+    known = world.true_actions and "actions" in data
+    real = data["actions"][:, :frames - 1] if known else None
+    return to_video(data["video"][:, :frames], device), data["fps"].to(device), real
 
 
 @torch.no_grad()
@@ -250,8 +268,8 @@ def loss_by_time(world, dataset, n, use_actions=True, bins=4, seed=0):
     """
     parts = []
     for i in range(0, n, 64):
-        video, fps = as_trained(world, dataset[range(seed * n + i, seed * n + min(i + 64, n))])
-        found = world(video, Draw(seed, 1, i, device=video.device), fps, use_actions)[1]
+        video, fps, real = as_trained(world, dataset[range(seed * n + i, seed * n + min(i + 64, n))])
+        found = world(video, Draw(seed, 1, i, device=video.device), fps, use_actions, real=real)[1]
         parts.append((found["clip_t"], found["clip_flow"]))
     t, loss = (torch.cat(part) for part in zip(*parts))                         # (n,) each
     in_bin = (t * bins).long().clamp(max=bins - 1)
@@ -280,9 +298,9 @@ def align(world, batch, known=None):
     make of them; `sensitivity`, relative change of the predicted velocity at t = 1/2 (shifted) when clips
     swap their actions, of the first 64; `nmi` of codes and effects, if they are known and there are codes.
     """
-    video, fps = as_trained(world, batch)
+    video, fps, real = as_trained(world, batch)
     device, frames = video.device, video.shape[2]
-    actions, x0 = world.pack(world.lam.encode(video)[0]), world.vae.encode(video[:64])
+    actions, x0 = world.pack(world.encode(video, real)[0]), world.vae.encode(video[:64])
     b, c, l, h, w = x0.shape
     t = shift_time(0.5, time_ratio(world.cfg.time_shift, h * w * world.vae.pixel_stride ** 2, l))
     t = torch.full((b, l), t, device=device)
@@ -322,12 +340,14 @@ def report(world, dataset, labelled, clips, transitions, pairs):
         indices = infer(world, dataset, transitions)["indices"]     # (n, k)
         out |= codebook_metrics(indices[:transitions], world.lam.cfg.num_codes)
     if clips:
-        variants = DREAMED | ({"psnr_adapted": "adapted"} if world.adapter and labelled else {})
+        adapted = world.adapter and labelled and not world.true_actions
+        variants = DREAMED | ({"psnr_adapted": "adapted"} if adapted else {})
         values, _, shown = predict(world, dataset, clips, variants.values())
         out |= {k: values[variant]["psnr"].mean().item() for k, variant in variants.items()}
         out |= loss_by_time(world, dataset, clips)
         out["controllability"] = out["psnr"] - out["psnr_shuffled"]
-    rows = {name: probe_source(world, train, test, pairs) for name, train, test in labelled}
+    probed = [] if world.true_actions else labelled
+    rows = {name: probe_source(world, train, test, pairs) for name, train, test in probed}
     for name, row in rows.items():
         out["nmi"] = row.pop("nmi", out["nmi"])
         out |= {f"probe_{k}/{name}": v for k, v in row.items()}

@@ -203,6 +203,35 @@ class LAM(nn.Module):
         return mse + vq, {"mse": mse.detach(), "vq": vq.detach(), "indices": indices}
 
 
+class TrueActions(nn.Module):
+    """Real actions themselves as latent ones, for a generator without a LAM: the upper bound. Ours.
+
+    Each dimension is standardised by actions of the data, and takes the place of one of a latent action.
+
+    Args:
+        actions: (n, a) of the data, or None where moments are loaded; action_dim: a.
+        cfg: LAMConfig of the latent actions that they replace.
+
+    Raises ValueError: real actions have more dimensions than latent ones.
+    """
+
+    def __init__(self, action_dim, cfg, actions=None):
+        super().__init__()
+        self.action_dim, self.cfg = action_dim, cfg
+        if action_dim > cfg.tokens * cfg.code_dim:
+            raise ValueError(f"actions of {action_dim} dimensions do not fit into {cfg.tokens} tokens of "
+                             f"{cfg.code_dim}")
+        mean, std = torch.zeros(2, action_dim) if actions is None else (actions.mean(0), actions.std(0))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std.clamp(min=1e-3))
+
+    def forward(self, actions):
+        """real actions (b, t-1, a) -> (b, t-1, k, d)"""
+        z = self.cfg.latent_scale * (actions - self.mean) / self.std
+        z = F.pad(z, (0, self.cfg.tokens * self.cfg.code_dim - self.action_dim))
+        return z.unflatten(-1, (self.cfg.tokens, self.cfg.code_dim))
+
+
 class Adapter(nn.Module):
     """From real actions to the latent action's codes: a two-layer MLP (appendix C.2; its width is ours).
 

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from checkpoint import newest, save
 from config import phases
 from formats import UserError, speaks, whole
-from judge import RESULTS, align, clips_to_align, loss_by_time, report, save_gif
+from judge import RESULTS, align, clips_to_align, loss_by_time, reconstruct, report, save_gif
 from metrics import codebook_metrics, collapsed
+from vae import FrameVAE
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
 CARDS = (8, 16, 24, 40, 80)     # GB
@@ -221,8 +222,9 @@ class Run:
         if not self.process.master:
             return
         adapter = world.adapter.state_dict() if world.adapter else None
+        vae = world.vae.state_dict() if isinstance(world.vae, FrameVAE) else None
         save(self.out, self.cfg.keep, self.saved, step=self.step, phase=phase.name, world=world.config(),
-             lam=world.lam.state_dict(), dit=world.dit.state_dict(), adapter=adapter,
+             lam=world.lam.state_dict(), dit=world.dit.state_dict(), adapter=adapter, vae=vae,
              quantize=world.lam.quantize, optimizer=optimizer.state_dict(), config=asdict(self.cfg))
         self.saved = self.step
 
@@ -312,11 +314,13 @@ class Watch:
         """Measure on held-out clips, and log it as `event`; `share` of the final numbers of clips."""
         cfg, heldout, videos = self.cfg, self.data.heldout[self.phase.data], None
         with self.measuring():
-            if self.phase.codes:
+            if self.phase.codes or self.phase.real:
                 dreamed = -(-cfg.eval_clips // share) if self.phase.dreams else 0
                 transitions = 64 * cfg.eval_clips
                 numbers, videos = report(self.world, heldout, self.data.labelled, dreamed,
                                          min(2048, transitions), transitions // share ** 2)
+            elif self.phase.loss == "frames":
+                numbers, videos = reconstruct(self.world.vae, heldout, cfg.eval_clips)
             else:
                 numbers = dict.fromkeys(RESULTS) | loss_by_time(self.world, heldout, 256, False)
         if videos:

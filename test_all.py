@@ -66,12 +66,12 @@ from episodes import Episodes
 from flow import Draw, FlowConfig, World, sample, shift_time, time_ratio
 from formats import UserError, inspect_video, read_video
 from judge import Lpips, align, loss_by_time, predict, video_measures
-from lam import Adapter, LAM, LAMConfig, Standardize, resize
+from lam import Adapter, LAM, LAMConfig, Standardize, TrueActions, resize
 from metrics import (cka, codebook_metrics, collapsed, frechet, joint_codes, nmi, paired_t, probe, psnr,
                      ssim, wilson)
 from run import lock
 from transformer import KVCache
-from vae import PixelVAE, load_opensora_vae
+from vae import FrameVAE, PixelVAE, load_opensora_vae
 from vq import VectorQuantizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1083,6 +1083,88 @@ def test_a_vae_config_of_impossible_sizes_is_named(tmp_path):
     path = vae_with_config(tmp_path, {"spatial": {"norm_num_groups": 7}})
     with pytest.raises(ValueError, match="config.json does not fit"):
         load_opensora_vae(path)
+
+
+# the small VAE of frames ------------------------------------------------------------------------------------
+
+VAE_RUN = ["--mode", "vae", "--name", "vae", "--frames", "2", "--patch", "1", *SMALL, "--vae_steps", "8"]
+
+
+def test_a_frame_vae_learns_frames_and_standardises_their_latents():
+    torch.manual_seed(0)
+    vae, frames = FrameVAE(channels=8, width=8), to_video(ToyClips("cross", 16, 2)[range(64)]["video"])
+    before = psnr(vae.eval().decode(vae.encode(frames), 2), frames).mean()
+    optimizer = torch.optim.AdamW(vae.train().parameters(), 3e-3)
+    for step in range(150):
+        loss, _ = vae(frames[16 * (step % 4):][:16], Draw(0, step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    z = vae.eval().encode(frames)
+    assert z.shape == (64, 8, 2, 2, 2)
+    assert psnr(vae.decode(z, 2), frames).mean() > before + 8
+    assert vae.decode(z, 1).shape == (64, 3, 1, 16, 16)
+    std, mean = torch.std_mean(vae.encode(frames, sample=True), (0, 2, 3, 4))
+    assert (std - 1).abs().max() < 0.4 and mean.abs().max() < 0.4
+
+
+def test_the_loss_of_a_frame_vae_is_its_error_plus_beta_times_torchs_kl():
+    torch.manual_seed(0)
+    vae, frames = FrameVAE(channels=8, width=8, beta=0.5), torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    loss, out = vae(frames, Draw(0))
+    mean, logvar = vae.posterior(frames)
+    unit = torch.distributions.Normal(0, 1)
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), unit).mean()
+    torch.testing.assert_close(out["kl"], kl.detach())
+    torch.testing.assert_close(loss, out["mse"] + 0.5 * kl)
+
+
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    run("train.py", *VAE_RUN, cwd=folder)
+    return folder
+
+
+def test_a_run_trains_a_vae_and_shows_what_it_makes_of_frames(vae_run):
+    rows = [json.loads(line) for line in open(vae_run / "out/vae/metrics.jsonl")]
+    assert rows[-1]["event"] == "result" and 0 < rows[-1]["psnr_vae"] < 40
+    assert {"mse", "kl"} <= rows[0].keys()
+    assert imageio.imread(vae_run / "out/vae/samples/000008.gif").shape[-1] == 3
+    fresh = build(parse(VAE_RUN))
+    state = load_checkpoint(str(vae_run / "out/vae"))
+    assert [k for k, v in fresh.dit.state_dict().items() if not torch.equal(v, state["dit"][k])] == []
+    moved = [not torch.equal(v, state["vae"][k]) for k, v in fresh.vae.state_dict().items()]
+    assert all(moved)
+
+
+def test_a_run_of_a_vae_goes_on_bit_equal(vae_run):
+    run("train.py", *VAE_RUN, "--name", "half", "--vae_steps", 8, "--ckpt_every", 4, "--keep", 3, cwd=vae_run)
+    os.remove(vae_run / "out/half/ckpt.pt")
+    run("train.py", "--resume", "out/half", cwd=vae_run)
+    a, b = (load_checkpoint(str(vae_run / "out" / name)) for name in ("vae", "half"))
+    assert [k for k, v in a["vae"].items() if not torch.equal(v, b["vae"][k])] == []
+
+
+def test_a_world_carries_the_vae_that_it_was_trained_with(vae_run):
+    run("train.py", "--name", "latent", *SMALL, "--patch", 1, "--vae_weights", "out/vae", "--pretrain", 2,
+        "--warmup", 2, "--e2e", 2, cwd=vae_run)
+    trained = load_checkpoint(str(vae_run / "out/vae"))["vae"]
+    os.rename(vae_run / "out/vae", vae_run / "out/elsewhere")
+    try:
+        world = load_world(str(vae_run / "out/latent"))
+        run("train.py", "--resume", "out/latent", "--e2e", 3, cwd=vae_run)
+    finally:
+        os.rename(vae_run / "out/elsewhere", vae_run / "out/vae")
+    assert [k for k, v in world.vae.state_dict().items() if not torch.equal(v, trained[k])] == []
+    dit = world.dit.cfg
+    assert (dit.channels, dit.out_channels, dit.pixel_stride) == (16, 16, 8)
+
+
+def test_a_run_without_a_vae_of_its_own_brings_none(vae_run):
+    run("train.py", "--name", "pixels", *SMALL, "--mode", "pretrain", "--pretrain", 1, cwd=vae_run)
+    done = run("train.py", "--vae_weights", "out/pixels", *SMALL, "--patch", 1, cwd=vae_run, ok=False)
+    assert "out/pixels: has no VAE of its own" in complaint(done)
 
 
 # latents of clips on the disk -------------------------------------------------------------------------------
@@ -2623,6 +2705,7 @@ def refusal(capsys):
     (["--time_shift", "inf"], "auto, none, or a number above 0"),
     (["--batch", "16", "--accumulate", "3"], "multiple of processes x --accumulate"),
     (["--latent_cache", "latents"], "needs --vae_weights"),
+    (["--actions", "true", "--mode", "two-stage"], "has no LAM to train"),
 ])
 def test_settings_that_make_no_sense_get_one_line(args, words, refusal):
     assert words in refusal(*args)
@@ -2861,6 +2944,43 @@ def test_a_phases_last_line_compares_the_gradients_of_its_last_two_steps(tmp_pat
     monkeypatch.chdir(tmp_path)
     train.main(["--name", "g", "--pretrain", "0", "--warmup", "0", "--e2e", "20", *SMALL, "--log_every", "8"])
     assert seen == {8: [7, 8], 16: [15, 16], 20: [19, 20]}
+
+
+def test_true_actions_are_standardised_and_fill_the_place_of_latent_ones():
+    torch.manual_seed(0)
+    cfg, actions = LAMConfig(tokens=2, code_dim=4, latent_scale=0.1), torch.randn(200, 5) * 3 + 1
+    z = TrueActions(5, cfg, actions)(actions.view(100, 2, 5))
+    assert z.shape == (100, 2, 2, 4)
+    flat = z.flatten(2).flatten(0, 1)
+    torch.testing.assert_close(flat[:, :5].std(0), torch.full((5,), 0.1))
+    torch.testing.assert_close(flat.mean(0), torch.zeros(8))
+    assert not flat[:, 5:].any()
+    with pytest.raises(ValueError, match="9 dimensions do not fit"):
+        TrueActions(9, cfg)
+
+
+def test_true_actions_drive_a_world_and_its_lam_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--name", "true", *SMALL, "--data", "cross", "--actions", "true"]
+    done = run("train.py", *args, "--pretrain", 2, "--warmup", 3, "--e2e", 6, cwd=tmp_path)
+    result = json.loads(open("out/true/metrics.jsonl").readlines()[-1])
+    assert result["psnr"] and result["controllability"] is not None
+    assert result["nmi"] is result["probe_r2"] is result["utilization"] is None, done.stdout
+    world, fresh = load_world("out/true"), build(parse(args))
+    assert world.true_actions
+    lam = world.lam.state_dict()
+    assert [k for k, v in fresh.lam.state_dict().items() if not torch.equal(v, lam[k])] == []
+    data = clips("cross", 16, 3, split="heldout")[range(4)]
+    others = data | {"actions": -data["actions"]}
+    _, made = judge.dreams(world, data, ["inferred", "adapted", "shuffled"], others)
+    assert torch.equal(made["inferred"], made["adapted"])
+    assert not torch.equal(made["inferred"], made["shuffled"])
+    run("evaluate.py", "--ckpt", "out/true", "--task", "predict", "--clips", 2, "--seeds", 0,
+        "--data", "cross", cwd=tmp_path)
+    assert "cross true" in json.load(open("out/true/results.json"))["tables"]["predict"]
+    refused = run("evaluate.py", "--ckpt", "out/true", "--task", "probe", cwd=tmp_path, ok=False)
+    assert "is driven by true actions" in complaint(refused, "evaluate.py")
+    run("plan.py", "--ckpt", "out/true", "--pairs", 1, "--seeds", 0, "--samples", 4, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("part", ["lam", "dit"])

@@ -31,9 +31,10 @@ from config import PRESETS, Process, adopt, parse, phases
 from data import clips, loader, parse_source, program, random_crop, sources, to_video
 from flow import Draw
 from formats import UserError, same_look
-from lam import Adapter
+from lam import Adapter, TrueActions
 from run import (Peak, Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
+from vae import FrameVAE
 
 MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 
@@ -46,7 +47,7 @@ MAX_NORM = 1.0                      # of the gradient, as in Open-Sora
 def flow(phase, world, model, clip, video, draw, latents):
     """The generator's loss, whose gradient also trains the LAM, and the VQ losses (`World.forward`)."""
     real = clip["actions"].to(video.device) if phase.real else None
-    return model(video, draw, clip["fps"].to(video.device), phase.codes, latents, real)
+    return model(video, draw, clip["fps"].to(video.device), phase.codes or phase.real, latents, real)
 
 
 def pixels(phase, world, model, clip, video, draw, latents):
@@ -63,8 +64,14 @@ def codes(phase, world, model, clip, video, draw, latents):
     return loss, {"accuracy": accuracy, "indices": indices}
 
 
+def frames(phase, world, model, clip, video, draw, latents):
+    """Reconstruction error of single frames, and the KL term (`FrameVAE.forward`)."""
+    return model(video, draw)
+
+
 # name: the part of the world that computes it, and the function
-LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter", codes)}
+LOSSES = {"flow": ("world", flow), "pixels": ("lam", pixels), "codes": ("adapter", codes),
+          "frames": ("vae", frames)}
 
 
 # before the loop ---------------------------------------------------------------------------------------
@@ -85,17 +92,24 @@ def open_data(cfg):
 
 
 def new_adapter(cfg, world, data):
+    """What makes latent actions of the data's: to be trained, or with --actions true as it is."""
     if not data.heldout[cfg.data].labelled or not data.labelled:
         raise UserError(f"--data {cfg.data}: has no actions to adapt to; take one robot, e.g. held-out")
     torch.manual_seed(cfg.seed)
-    action_dim = data.heldout[cfg.data][[0]]["actions"].shape[-1]
-    return Adapter(action_dim, world.lam.cfg)
+    actions = data.train[cfg.data][range(256)]["actions"].flatten(0, 1)         # (n, a)
+    if cfg.actions == "latent":
+        return Adapter(actions.shape[-1], world.lam.cfg)
+    try:
+        return TrueActions(actions.shape[-1], world.lam.cfg, actions)
+    except ValueError as error:
+        raise UserError(f"--data {cfg.data}: {error} (--tokens, --code_dim)") from None
 
 
 def check(cfg, world):
     """UserError if the phases cannot train this world."""
     trains = {group for phase in phases(cfg) for group in phase.trains}
-    if not world.lam.quantize and trains != {"body"} and "lam" not in trains:
+    inferred = any(phase.codes for phase in phases(cfg))
+    if inferred and not world.lam.quantize and "lam" not in trains:
         raise UserError("the LAM would stay frozen, but its latent actions are still continuous: "
                         "the run it comes from was stopped too early")
     if "fdm" in trains and not world.lam.fdm:
@@ -107,8 +121,9 @@ def parameter_groups(world):
     lam = [p for name, p in world.lam.named_parameters() if not name.startswith("fdm.")]
     fdm = list(world.lam.fdm.parameters()) if world.lam.fdm else []
     adapter = list(world.adapter.parameters()) if world.adapter else []
+    vae = list(world.vae.parameters()) if isinstance(world.vae, FrameVAE) else []
     groups = {"lam": lam, "fdm": fdm, "action": list(world.dit.action.parameters()), "body": world.dit.body(),
-              "adapter": adapter}
+              "adapter": adapter, "vae": vae}
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
@@ -319,8 +334,9 @@ def prepare_and_train(cfg, process):
         world = restore(state, cfg.vae_weights) if state else build(cfg, absent)
     check(cfg, world)
     data = None if "data" in absent else open_data(cfg)
-    if cfg.mode == "adapt" and data and not world.adapter:
+    if (cfg.mode == "adapt" or cfg.actions == "true") and data and not world.adapter:
         world.adapter = new_adapter(cfg, world, data)
+        world.lam.quantize &= not world.true_actions            # of the LAM, which nobody asks, no codes
     if data:
         looks = {f"--data {name}": clips.look for name, clips in data.train.items()}
         world.look = same_look({"the run that it comes from": world.look} | looks)

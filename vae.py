@@ -1,9 +1,10 @@
 """Between pixels and latents.
 
-`PixelVAE` is the identity, for models that work on pixels (presets tiny and small). `OpenSoraVAE` is the
-video VAE of Open-Sora v1.2 (hpcaitech/Open-Sora, branch opensora/v1.2): an image VAE (AutoencoderKL,
-Rombach et al. 2022) takes each frame to 8x8 times smaller latents, a causal 3-D VAE (after MAGVIT-v2, Yu
-et al. 2024) takes 4 frames of those to one. Module names are those of the released weights.
+`PixelVAE` is the identity, for models that work on pixels (presets tiny and small). `FrameVAE` is small, of
+single frames, and trained here. `OpenSoraVAE` is the video VAE of Open-Sora v1.2 (hpcaitech/Open-Sora, branch
+opensora/v1.2): an image VAE (AutoencoderKL, Rombach et al. 2022) takes each frame to 8x8 times smaller
+latents, a causal 3-D VAE (after MAGVIT-v2, Yu et al. 2024) takes 4 frames of those to one. Module names are
+those of the released weights.
 """
 
 import os
@@ -155,6 +156,71 @@ class ImageVAE(nn.Module):
     def decode(self, latents):
         """(b, 4, t, h/8, w/8) -> (b, 3, t, h, w)"""
         return self.by_frame(latents / self.scaling, "post_quant_conv", "decoder")
+
+
+class FrameVAE(nn.Module):
+    """A small VAE of single frames, trained by `train.py --mode vae`: 8x8 times smaller latents. Ours.
+
+    Open-Sora's image coder with three narrow levels, on squares of 2x2 pixels. As in latent diffusion
+    (Rombach et al. 2022, section 3.1) the KL term weighs little: it only bounds how exact a latent can be.
+    Latents leave the VAE standardised, by the moments that each channel had in training.
+
+    Args:
+        channels: of a latent; width: of the finest level, a multiple of 8; beta: weight of the KL term.
+    """
+
+    pixel_stride, time_stride = 8, 1
+
+    def __init__(self, channels=16, width=32, beta=1e-4):
+        super().__init__()
+        self.channels, self.beta = channels, beta
+        self.source = {"channels": channels, "width": width, "beta": beta}      # with the weights, all it is
+        widths = [width, 2 * width, 4 * width]
+        self.encoder = ImageCoder(12, 2 * channels, widths, 1, 8, up=False)
+        self.decoder = ImageCoder(channels, 12, widths[::-1], 1, 8, up=True)
+        self.norm = nn.BatchNorm2d(channels, affine=False, momentum=0.01)       # it keeps the moments
+
+    def latent_frames(self, frames):
+        return frames
+
+    def posterior(self, video):
+        """(b, 3, t, h, w) -> its mean and log variance, each (b*t, channels, h/8, w/8)"""
+        frames = rearrange(video, "b c t h w -> (b t) c h w")
+        return self.encoder(F.pixel_unshuffle(frames, 2)).float().clamp(-30, 20).chunk(2, 1)
+
+    def pixels(self, z):
+        """Latents before they are standardised (n, channels, h, w) -> frames (n, 3, 8h, 8w)"""
+        return F.pixel_shuffle(self.decoder(z), 2).float()
+
+    def forward(self, video, draw):
+        """Loss: squared error of frames decoded from draws of their posteriors, plus beta KL, both as means.
+
+        video (b, 3, t, h, w) in [-1, 1]; draw: source of randomness. Returns loss, {"mse", "kl"}.
+        """
+        mean, logvar = self.posterior(video)
+        noise = draw(torch.randn, len(video), video.shape[2], *mean.shape[1:]).flatten(0, 1)
+        z = mean + (0.5 * logvar).exp() * noise
+        self.norm(z.detach())
+        frames = rearrange(video, "b c t h w -> (b t) c h w")
+        mse = F.mse_loss(self.pixels(z), frames)
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        return mse + self.beta * kl, {"mse": mse.detach(), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def encode(self, video, sample=False):
+        """video (b, 3, t, h, w) in [-1, 1], h and w multiples of 8 -> latents (b, channels, t, h/8, w/8)"""
+        mean, logvar = self.posterior(video)
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if sample else mean
+        z = F.batch_norm(z, self.norm.running_mean, self.norm.running_var)
+        return rearrange(z, "(b t) c h w -> b c t h w", b=len(video))
+
+    @torch.no_grad()
+    def decode(self, latents, frames):
+        """The inverse of `encode`: (b, channels, l, h, w) -> (b, 3, frames, 8h, 8w), about in [-1, 1]"""
+        z = rearrange(latents[:, :, :frames].float(), "b c t h w -> (b t) c h w")
+        std = (self.norm.running_var + self.norm.eps).sqrt()
+        z = z * std[:, None, None] + self.norm.running_mean[:, None, None]
+        return rearrange(self.pixels(z), "(b t) c h w -> b c t h w", b=len(latents))
 
 
 # the temporal VAE --------------------------------------------------------------------------------
