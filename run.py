@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -17,8 +16,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from checkpoint import newest, save
@@ -339,30 +336,6 @@ class Watch:
 
 def count(parameters):
     return sum(p.numel() for p in parameters)
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors while this is entered: those that `live`, and the `most` at any moment."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.most, self.known = 0, 0, weakref.WeakSet()
-
-    def add(self, x):
-        storage = x.untyped_storage()           # views share it
-        if storage not in self.known:
-            self.known.add(storage)
-            weakref.finalize(storage, self.free, storage.nbytes())
-            self.live += storage.nbytes()
-            self.most = max(self.most, self.live)
-
-    def free(self, size):
-        self.live -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.add, out)
-        return out
 
 
 def fits(gigabytes):

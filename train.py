@@ -12,6 +12,7 @@ Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe).
 import os
 import signal
 import warnings
+import weakref
 from argparse import Namespace
 from contextlib import nullcontext
 from copy import deepcopy
@@ -23,6 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as recompute
 
 import toy
@@ -32,7 +35,7 @@ from data import clips, loader, parse_source, program, random_crop, sources, to_
 from flow import Draw
 from formats import UserError, same_look
 from lam import Adapter, TrueActions
-from run import (Peak, Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
+from run import (Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
 from vae import FrameVAE
 
@@ -103,6 +106,18 @@ def new_adapter(cfg, world, data):
         return TrueActions(actions.shape[-1], world.lam.cfg, actions)
     except ValueError as error:
         raise UserError(f"--data {cfg.data}: {error} (--tokens, --code_dim)") from None
+
+
+def meet(cfg, world, data):
+    """What a world takes from its data: the look of their frames, and where wanted something for their actions.
+
+    Raises UserError: it has learned another look, or there are no actions.
+    """
+    looks = {f"--data {name}": clips.look for name, clips in data.train.items()}
+    world.look = same_look({"the run that it comes from": world.look} | looks)
+    if (cfg.mode == "adapt" or cfg.actions == "true") and not world.adapter:
+        world.adapter = new_adapter(cfg, world, data)
+        world.lam.quantize &= not world.true_actions            # of the LAM, which nobody asks, no codes
 
 
 def check(cfg, world):
@@ -178,6 +193,30 @@ def begin(cfg, process, world, phase, groups, optimizer, fresh):
         return model
     devices = [process.local] if process.cuda else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors while this is entered: those that `live`, and the `most` at any moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.known = 0, 0, weakref.WeakSet()
+
+    def add(self, x):
+        storage = x.untyped_storage()           # views share it
+        if storage not in self.known:
+            self.known.add(storage)
+            weakref.finalize(storage, self.free, storage.nbytes())
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+
+    def free(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, out)
+        return out
 
 
 def memory(cfg, world, phase, process, clips):
@@ -334,12 +373,8 @@ def prepare_and_train(cfg, process):
         world = restore(state, cfg.vae_weights) if state else build(cfg, absent)
     check(cfg, world)
     data = None if "data" in absent else open_data(cfg)
-    if (cfg.mode == "adapt" or cfg.actions == "true") and data and not world.adapter:
-        world.adapter = new_adapter(cfg, world, data)
-        world.lam.quantize &= not world.true_actions            # of the LAM, which nobody asks, no codes
     if data:
-        looks = {f"--data {name}": clips.look for name, clips in data.train.items()}
-        world.look = same_look({"the run that it comes from": world.look} | looks)
+        meet(cfg, world, data)
     cfg = adopt(cfg, world)
     world.to("meta" if cfg.dry_run else process.device)
     groups = parameter_groups(world)
