@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -16,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from checkpoint import newest, save
@@ -26,7 +29,6 @@ from metrics import codebook_metrics, collapsed
 from vae import FrameVAE
 
 WINDOW = 50                     # steps whose codes count for the codebook's metrics in a log line
-CARDS = (8, 16, 24, 40, 80)     # GB
 
 
 @contextmanager
@@ -338,13 +340,37 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors while this is entered: those that `live`, and the `most` at any moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.known = 0, 0, weakref.WeakSet()
+
+    def add(self, x):
+        storage = x.untyped_storage()           # views share it
+        if storage not in self.known:
+            self.known.add(storage)
+            weakref.finalize(storage, self.free, storage.nbytes())
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+
+    def free(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, out)
+        return out
+
+
 def fits(gigabytes):
     """The smallest card (GB of its name, which are 2^30 bytes) that holds so much, or None.
 
     Of a card 1 GB is for CUDA's context and libraries, and of the rest a tenth for gaps that the allocator
     leaves between tensors and for what kernels take for themselves: both are our guess.
     """
-    return next((card for card in CARDS if gigabytes <= 0.9 * (card * 2 ** 30 / 1e9 - 1)), None)
+    return next((card for card in (8, 16, 24, 40, 80) if gigabytes <= 0.9 * (card * 2 ** 30 / 1e9 - 1)), None)
 
 
 def describe(cfg, process, world, groups, absent, needs):
@@ -368,7 +394,7 @@ def describe(cfg, process, world, groups, absent, needs):
     for name in absent:
         print(f"  --{name} {getattr(cfg, name)}: not there yet; a run needs it")
     if cfg.dry_run:
-        print(f"  evaluations: {needs['evaluations'][1]:.2f} GB a process")
         card = fits(max(peak for _, peak in needs.values()))
-        none = f"no card of {CARDS[-1]} GB: raise --accumulate, or --activation_checkpointing"
-        print(f"  in {process.precision} fits {f'a card of {card} GB' if card else none}")
+        none = "no card of 80 GB: raise --accumulate, or --activation_checkpointing"
+        print(f"  evaluations: {needs['evaluations'][1]:.2f} GB; "
+              f"in {process.precision} fits {f'a card of {card} GB' if card else none}")

@@ -12,7 +12,6 @@ Paper: section 3.3 (which gradients flow in which phase), appendix B.3 (recipe).
 import os
 import signal
 import warnings
-import weakref
 from argparse import Namespace
 from contextlib import nullcontext
 from copy import deepcopy
@@ -24,8 +23,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as recompute
 
 import toy
@@ -35,7 +32,7 @@ from data import clips, loader, parse_source, program, random_crop, sources, to_
 from flow import Draw
 from formats import UserError, same_look
 from lam import Adapter, TrueActions
-from run import (Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
+from run import (Peak, Run, Stops, Watch, connected, describe, lock, of_first, run_folder, set_modes,
                  wait_for_all)
 from vae import FrameVAE
 
@@ -109,7 +106,7 @@ def new_adapter(cfg, world, data):
 
 
 def meet(cfg, world, data):
-    """What a world takes from its data: the look of their frames, and where wanted something for their actions.
+    """What a world takes from its data: the look of their frames, and where it needs one an adapter.
 
     Raises UserError: it has learned another look, or there are no actions.
     """
@@ -193,30 +190,6 @@ def begin(cfg, process, world, phase, groups, optimizer, fresh):
         return model
     devices = [process.local] if process.cuda else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors while this is entered: those that `live`, and the `most` at any moment."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.most, self.known = 0, 0, weakref.WeakSet()
-
-    def add(self, x):
-        storage = x.untyped_storage()           # views share it
-        if storage not in self.known:
-            self.known.add(storage)
-            weakref.finalize(storage, self.free, storage.nbytes())
-            self.live += storage.nbytes()
-            self.most = max(self.most, self.live)
-
-    def free(self, size):
-        self.live -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.add, out)
-        return out
 
 
 def memory(cfg, world, phase, process, clips):
