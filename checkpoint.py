@@ -229,6 +229,8 @@ def build_parts(cfg, absent):
     if cfg.dit_weights == "none" or "dit_weights" in absent:
         outputs = 2 * vae.channels if isinstance(vae, OpenSoraVAE) else vae.channels
         latents = dict(channels=vae.channels, out_channels=outputs, pixel_stride=vae.pixel_stride)
+        if isinstance(vae, FrameVAE):           # (ours) a token is one unit of the position grid
+            latents["input_sq_size"] = cfg.size
         dit = DiT(DiTConfig(**sizes(cfg, "dit") | action | latents, action_depth=action_depth(cfg.depth)))
     else:
         dit = load_generator(cfg.dit_weights, **action)
