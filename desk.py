@@ -1,8 +1,8 @@
 """RoboDesk (Kannan et al. 2021), a simulated desk with a robot arm, behind the toy world's interface.
 
 The environment is the published one; only rendering (its Pillow call is gone) and state access (its
-`qpos_objects` are velocities) are ours. Protocol of VP2 (Tian et al. 2023, arXiv 2304.13723): an action is
-held for 50 control steps. Rendered headless (MUJOCO_GL=egl, or osmesa); in software that is most of the time.
+`qpos_objects` are velocities) are ours. As in VP2 (Tian et al. 2023, arXiv 2304.13723) an action is held for 50
+control steps. Rendered headless (MUJOCO_GL=egl, or osmesa); in software that is most of the time.
 """
 
 import contextlib
@@ -210,15 +210,17 @@ class Desk:
         return named.site_xpos["end_effector"], getattr(named, route.kind)[route.object]
 
     def script(self, route, patience=8):
-        """Endless actions (5,) for desk 0 along a `Route`, up to `patience` of them to a place."""
-        at = taken = 0
+        """Actions (5,) for desk 0 along a `Route`, up to `patience` of them to a place, until it is stuck."""
+        at, taken, before = 0, 0, np.inf
         while True:
             hand, place = self.places(route)
-            away = place + route.places[at] - hand
-            if at < len(route.places) - 1 and (np.linalg.norm(away) < 0.04 or taken == patience):
-                at, taken = at + 1, 0
-                away = place + route.places[at] - hand
-            taken += 1
+            last, away = at == len(route.places) - 1, place + route.places[at] - hand
+            stuck = taken > 1 and np.linalg.norm(hand - before) < 0.01
+            if last and stuck:                  # to push on would be actions without effect
+                return
+            if not last and (stuck or np.linalg.norm(away) < 0.04 or taken == patience):
+                at, taken, away = at + 1, 0, place + route.places[at + 1] - hand
+            taken, before = taken + 1, hand.copy()
             yield np.concatenate([np.clip(12 * away, -1, 1), [0, route.fingers]])       # 1: some 8 cm
 
 
@@ -238,12 +240,11 @@ def nudge(name, rng):
 
 
 def turn(desk, rng):
-    """Actions (5,) of 8 to 16 steps: the hand goes for an object, rather one that is near, or wanders."""
+    """Up to 8 to 16 actions (5,): the hand goes for what is on the desk, rather for what is near, or wanders."""
     nudges = [nudge(name, rng) for name in ("ball", "upright_block", "flat_block")]
     routes = [*ROUTES.values(), CLOSE_SLIDE, *nudges]
     hand, places = desk.places(routes[0])[0], np.array([desk.places(route)[1] for route in routes])
-    weights = LIKING * np.exp(-np.linalg.norm(places - hand, axis=1) / 0.3)
-    weights *= places[:, 2] > 0.6                               # not what lies on the floor
+    weights = LIKING * np.exp(-np.linalg.norm(places - hand, axis=1) / 0.3) * (places[:, 2] > 0.6)
     route = routes[rng.choice(len(routes), p=weights / weights.sum())]
     actions = random_actions(rng) if rng.random() < 0.15 else desk.script(route)
     return itertools.islice(actions, int(rng.integers(8, 17)))
