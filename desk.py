@@ -1,8 +1,8 @@
 """RoboDesk (Kannan et al. 2021), a simulated desk with a robot arm, behind the toy world's interface.
 
 The environment is the published one; only rendering (its Pillow call is gone) and state access (its
-`qpos_objects` are velocities) are ours. As in VP2 (Tian et al. 2023, arXiv 2304.13723) an action is held for 50
-control steps. Rendered headless (MUJOCO_GL=egl, or osmesa); in software that is most of the time.
+`qpos_objects` are velocities) are ours. As in VP2 (Tian et al. 2023, arXiv 2304.13723) an action is held for
+50 control steps. Rendered headless (MUJOCO_GL=egl, or osmesa); in software that is most of the time.
 """
 
 import contextlib
@@ -240,7 +240,7 @@ def nudge(name, rng):
 
 
 def turn(desk, rng):
-    """Up to 8 to 16 actions (5,): the hand goes for what is on the desk, rather for what is near, or wanders."""
+    """Actions (5,) of up to 16 steps: the hand goes for what is there, rather what is near, or wanders."""
     nudges = [nudge(name, rng) for name in ("ball", "upright_block", "flat_block")]
     routes = [*ROUTES.values(), CLOSE_SLIDE, *nudges]
     hand, places = desk.places(routes[0])[0], np.array([desk.places(route)[1] for route in routes])
