@@ -55,28 +55,25 @@ class Cost:
 
     Args:
         name: one of COSTS. last: only the last frame of a plan is judged, by the classifier too.
-        vae: of what is compared: errors are those of its latents, frame by frame; else of pixels in [0, 1].
+        vae: for errors of its latents; None: they are those of pixels in [0, 1].
         classifier: None: the goal's image alone.
     """
 
     def __init__(self, name="pixels", vae=None, classifier=None):
-        self.last, self.classifier = name.endswith("last"), classifier
-        self.vae = vae if name.startswith("latent") else None
+        self.last, self.vae, self.classifier = name.endswith("last"), vae, classifier
 
     def __call__(self, video, goal):
         """Frames to judge (n, 3, t, h, w) and a goal (3, h, w), in [-1, 1] -> sums over t: (n,)"""
-        frames = video.transpose(1, 2).flatten(0, 1)                            # (n*t, 3, h, w)
-        error = self.features(frames) - self.features(goal[None])
+        frames, goal = video.transpose(1, 2).flatten(0, 1), goal[None]          # (n*t, 3, h, w), (1, 3, h, w)
+        if self.vae:
+            # frame by frame, as a goal is but one
+            error = in_parts(self.vae.encode, frames[:, :, None]) - self.vae.encode(goal[:, :, None])
+        else:
+            error = (frames - goal) / 2
         out = -0.5 * error.square().flatten(1).sum(1)                           # (n*t,)
         if self.classifier:
             out = out + 10 * in_parts(self.classifier, (frames + 1) / 2)
         return out.view(len(video), -1).sum(1)
-
-    def features(self, frames):
-        """What is compared of frames (m, 3, h, w)"""
-        if self.vae:
-            return in_parts(self.vae.encode, frames[:, :, None])
-        return frames / 2
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def environment(size, look):
 
 def resized(image, size):
     """(size, size, 3) uint8; as it is, where it has that size"""
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+    return np.array(image.resize((size, size), Image.Resampling.LANCZOS))
 
 
 class Desk:

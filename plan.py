@@ -124,7 +124,7 @@ class Episode:
     def imagine(self, actions, last=False):
         """What the agent expects of actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]
 
-        last: only its last frame, (n, 3, 1, h, w): in the simulator a frame takes as long as a step.
+        last: only its last frame, (n, 3, 1, h, w); the simulator renders no other, which takes it long.
         """
         args = self.args
         if self.agent == "world":
@@ -204,9 +204,10 @@ def measure(start, task, pairs, args, picture):
         runs.set_postfix_str(f"success {np.mean(won):.2f}")
     success = np.reshape(won, (len(args.seeds), len(pairs))).mean(1).tolist()
     low, high = wilson(np.mean(success), len(pairs))
-    by_seed = np.reshape(shares, (len(args.seeds), len(pairs)))             # of dicts
-    nearer = {f"{k} nearer": [float(np.mean([row[k] for row in rows if k in row])) for rows in by_seed
-                              if any(k in row for row in rows)] for k in before}
+    nearer = {}
+    for k in before:
+        by_seed = [[share[k] for share in row if k in share] for row in np.reshape(shares, (-1, len(pairs)))]
+        nearer[f"{k} nearer"] = [float(np.mean(row)) for row in by_seed if row]
     return {"success": success, **nearer, "seconds a plan": [float(np.mean(seconds))] if seconds else [],
             "low": [low], "high": [high], "pairs": [len(pairs)], "samples": [args.samples]}
 

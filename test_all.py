@@ -1163,6 +1163,28 @@ def test_a_world_carries_the_vae_that_it_was_trained_with(vae_run):
     assert (dit.channels, dit.out_channels, dit.pixel_stride) == (16, 16, 8)
 
 
+def test_an_oracle_plans_by_the_latents_of_a_vae(vae_run):
+    done = run("plan.py", "--oracle", "--task", "reach", "--pairs", 2, "--seeds", 0, "--samples", 8, "--cost",
+               "latent-last", "--vae_weights", "out/vae", "--out", "plan", cwd=vae_run)
+    assert "cost latent-last, " in done.stdout
+    results = json.loads((vae_run / "plan/results.json").read_text())
+    assert results["protocol"]["plan"]["cost"] == "latent-last"
+    assert len(results["tables"]["plan"]["reach oracle"]["robot nearer"]) == 1
+
+
+def test_latents_that_are_compared_are_those_of_the_world(monkeypatch):
+    args = argparse.Namespace(cost="latent", classifier=None, vae_weights="v", look="fast")
+    world = small_world()
+    world.vae = FrameVAE(channels=8, width=8)
+    assert cost.open_cost(args, world, "cpu").vae is world.vae
+    alone, args.look = FrameVAE(channels=8, width=8), "published"
+    monkeypatch.setattr(cost, "load_vae", lambda path: (alone, "published"))
+    assert cost.open_cost(args, None, "cpu").vae is alone
+    monkeypatch.setattr(cost, "load_vae", lambda path: (alone, "fast"))
+    with pytest.raises(UserError, match="--vae_weights v has fast, --look has published; take one"):
+        cost.open_cost(args, None, "cpu")
+
+
 def test_a_run_without_a_vae_of_its_own_brings_none(vae_run):
     run("train.py", "--name", "pixels", *SMALL, "--mode", "pretrain", "--pretrain", 1, cwd=vae_run)
     done = run("train.py", "--vae_weights", "out/pixels", *SMALL, "--patch", 1, cwd=vae_run, ok=False)
