@@ -152,7 +152,7 @@ def examples(path, task, split):
 
 
 def fit(images, solved, steps, batch, seed, process):
-    """A Classifier of `examples`, in every batch as many successes as not: they are rare. Adam as in VP2"""
+    """A Classifier of `examples`, trained as in VP2, but half of each batch are successes, as these are rare"""
     torch.manual_seed(seed)
     model = Classifier().to(process.device)
     optimizer = torch.optim.Adam(model.parameters())
@@ -188,7 +188,7 @@ def main(argv):
     add("--task", required=True, choices=desk.TASKS)
     add("--data", required=True, help="folder of episodes of plan.py --collect robodesk; a tenth is held out")
     add("--out", required=True, help="file to write")
-    add("--steps", type=number(int, 1), default=100)
+    add("--steps", type=number(int, 1), default=100, help="of training")
     add("--batch", type=number(int, 2), default=32, help="frames, half of them successes")
     add("--seed", type=number(int), default=0)
     args = parser.parse_args(argv)

@@ -316,8 +316,9 @@ def main(argv):
     open_results(out)
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
-    apart = ("ckpt", "task", "collect", "episodes", "workers", "out", "random", "oracle", "vae_weights",
-             "samples")
+    apart = ["ckpt", "task", "collect", "episodes", "workers", "out", "random", "oracle", "samples"]
+    if args.ckpt:
+        apart.append("vae_weights")         # which is the world's, wherever it lies
     protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
         "precision": process.precision, "cost": args.cost + (" and classifier" if args.classifier else ""),
         "nearer": "share of the distance to the goal state that an episode removes (-: there is none)",
