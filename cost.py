@@ -152,7 +152,7 @@ def examples(path, task, split):
 
 
 def fit(images, solved, steps, batch, seed, process):
-    """A Classifier of `examples`, trained as in VP2, but half of each batch are successes, as these are rare"""
+    """A Classifier of `examples`, trained as in VP2, but half of each batch are successes: they are rare"""
     torch.manual_seed(seed)
     model = Classifier().to(process.device)
     optimizer = torch.optim.Adam(model.parameters())

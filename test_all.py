@@ -1169,6 +1169,7 @@ def test_an_oracle_plans_by_the_latents_of_a_vae(vae_run):
     assert "cost latent-last, " in done.stdout
     results = json.loads((vae_run / "plan/results.json").read_text())
     assert results["protocol"]["plan"]["cost"] == "latent-last"
+    assert results["protocol"]["plan"]["vae_weights"] == "out/vae"
     assert len(results["tables"]["plan"]["reach oracle"]["robot nearer"]) == 1
 
 
