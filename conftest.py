@@ -26,7 +26,7 @@ from vae import OpenSoraVAE
 
 # fixtures that train or measure for long
 SHARED = ("whole", "trained", "directions", "open_sora", "judged", "moved", "bounds", "collected", "benched",
-          "rehearsed", "shown", "lpips")
+          "rehearsed", "shown", "lpips", "lamp")
 
 
 @pytest.hookimpl(tryfirst=True)

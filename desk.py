@@ -20,12 +20,11 @@ from threading import Thread
 from typing import NamedTuple
 
 import av
-import imageio.v3 as imageio
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from formats import HDF5_ENDINGS, UserError, first_line, optional, read_look, same_look, tell, whole
+from formats import UserError, first_line, read_look, same_look, tell, whole
 
 
 class Route(NamedTuple):
@@ -49,6 +48,7 @@ ROUTES = {
     "flat_block_off_table": Route("xpos", "flat_block", ((0, .1, .12), (0, .1, 0), (0, -.3, 0))),
 }
 TASKS = tuple(ROUTES)
+JOINTS = {"open_slide": "slide_joint", "open_drawer": "drawer_joint"}       # others are called as the object
 CLOSE_SLIDE = Route("site_xpos", "slide_handle", ((.1, -.12, 0), (.1, 0, 0), (-.5, 0, 0)))
 # of those routes, CLOSE_SLIDE and nudges in `turn`: a button moves but once, a ball rolls by itself
 LIKING = np.array((1, 1, 1, 4, 8, 4, 4, 2, 1, 4, 4))
@@ -114,7 +114,7 @@ def environment(size, look):
 
 def resized(image, size):
     """(size, size, 3) uint8; as it is, where it has that size"""
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+    return np.array(image.resize((size, size), Image.Resampling.LANCZOS))
 
 
 class Desk:
@@ -208,6 +208,21 @@ class Desk:
         self._load(0)
         named = self.env.physics.named.data
         return named.site_xpos["end_effector"], getattr(named, route.kind)[route.object]
+
+    def distances(self, task, goal):
+        """Metres from desk 0 to a goal state (1, 73), of the hand and of the object; nan where that is None
+
+        The object's by its joint: a button stays where it is, but goes down by a centimetre.
+        """
+        if goal is None:
+            return {"hand": np.nan, "object": np.nan}
+        there = Desk(1, self.size, look=self.look)              # so that nothing changes here
+        there.set_state(goal)
+        joint, where = JOINTS.get(task, ROUTES[task].object), []
+        for desk in (self, there):
+            hand = desk.places(ROUTES[task])[0]
+            where.append((hand, desk.env.physics.named.data.qpos[joint][:3]))   # after that a block's turn
+        return {name: float(np.linalg.norm(a - b)) for name, a, b in zip(("hand", "object"), *where)}
 
     def script(self, route, patience=8):
         """Actions (5,) for desk 0 along a `Route`, up to `patience` of them to a place, until it is stuck."""
@@ -344,57 +359,3 @@ def check_look(folder, look):
     """UserError if episodes in a folder have another look."""
     for video in glob.glob(os.path.join(glob.escape(folder), "*.mp4"))[:1]:
         same_look({folder: read_look(video), "--look": look})
-
-
-def make_goals(task, folder, n, size=64, look="published", steps=24):
-    """Record start-goal pairs as goal_TASK_i until there are n: scripted episodes that succeed."""
-    os.makedirs(folder, exist_ok=True)
-    check_look(folder, look)
-    desk = one_desk(size, look)
-    desk.tell_how_it_renders()
-    pattern = os.path.join(glob.escape(folder), f"goal_{task}_*.mp4")
-    for i in itertools.count():
-        if len(glob.glob(pattern)) >= n:
-            return
-        path = os.path.join(folder, f"goal_{task}_{i:04d}")
-        if os.path.exists(path + ".mp4"):
-            continue
-        desk.reset(2 ** 31 + i + 1)                             # no seed of `collect`
-        # the arm cannot, see `ROUTES`
-        actions = pull_drawer(desk) if task == "open_drawer" else desk.script(ROUTES[task])
-        frames, labels = play(desk, actions, steps, task)
-        if labels["solved"][-1, TASKS.index(task)]:
-            write_episode(path, frames, labels, desk.fps)
-
-
-def pull_drawer(desk):
-    """One action (5,), before which the drawer of desk 0 comes out by itself"""
-    state = desk.get_state()
-    state[0, 18] = -0.25                                        # its joint
-    desk.set_state(state)
-    yield np.zeros(5)
-
-
-def goals(task, path, n, size=64, look="published"):
-    """Up to n pairs of start state (73,) and goal image (size, size, 3), recorded episodes or VP2's.
-
-    path: a folder of goal_TASK_*.mp4 and .npz; or VP2's HDF5 file, or a folder with robodesk_TASK/goals.hdf5.
-    UserError: there is none, or goals have another look.
-    """
-    file = path if path.endswith(HDF5_ENDINGS) else os.path.join(path, f"robodesk_{task}", "goals.hdf5")
-    pairs = []
-    if os.path.isfile(file):
-        same_look({f"--goals {path}": "published", "--look": look})
-        with optional("h5py").File(file) as f:
-            for name in sorted(f["data"], key=lambda k: int(k.split("_")[-1]))[:n]:
-                demo = f["data"][name]
-                start = int(demo["start_index"][()]) if "start_index" in demo else 0
-                pairs.append((demo["states"][start][:73], demo["obs/camera_image"][-1]))
-    else:
-        check_look(path, look)
-        for video in sorted(glob.glob(os.path.join(glob.escape(path), f"goal_{task}_*.mp4")))[:n]:
-            with np.load(video[:-4] + ".npz") as labels:
-                pairs.append((labels["states"][0], imageio.imread(video, plugin="pyav")[-1]))
-    if not pairs:
-        raise UserError(f"--goals {path}: no goal of the task {task}")
-    return [(state, resized(Image.fromarray(image), size)) for state, image in pairs]

@@ -160,6 +160,15 @@ def r2(x, y, x_test, y_test):
     return (1 - residual / variance)[variance > 1e-12]
 
 
+def average_precision(scores, labels):
+    """Of scores (n,) for labels (n,) bool, some True: the mean of the precision down to each of these
+
+    1: all of them come first; the share of them: no better than chance. Equal scores are one threshold.
+    """
+    found = scores >= scores[labels][:, None]                                   # (positives, n)
+    return (found[:, labels].sum(1) / found.sum(1)).mean().item()
+
+
 def paired_t(a, b):
     """Paired t-test of two equally long lists: t, two-sided p; both None if the differences do not vary."""
     difference = np.asarray(a) - np.asarray(b)

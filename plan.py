@@ -4,8 +4,8 @@
     python plan.py --env robodesk --ckpt out/desk --task push_red open_slide --goals goals
     python plan.py --collect robodesk --episodes 400 --out data/robodesk        # to train and adapt on
 
-The adapter turns a candidate's real actions into latent ones, the world dreams them, and pixels are compared
-with the goal's. Paper: section 4.4, table 4. On RoboDesk: VP2 (Tian et al. 2023, arXiv 2304.13723).
+The adapter turns a candidate's real actions into latent ones, the world dreams them, and the dream is judged
+by the goal (cost.py). Paper: section 4.4, table 4. On RoboDesk: VP2 (Tian et al. 2023, arXiv 2304.13723).
 """
 
 import math
@@ -16,17 +16,18 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 import desk
 import toy
 from checkpoint import load_checkpoint, restore
 from config import PRECISIONS, Process
+from cost import COSTS, open_cost
 from data import Parser, number, program, to_video
 from evaluate import open_results, run_folder, save_results, table
 from flow import Draw
-from formats import UserError, first_line, same_look
+from formats import UserError, same_look
+from goals import DEFAULT_GOALS, problems
 from judge import save_gif
 from metrics import wilson
 
@@ -76,42 +77,6 @@ def mppi(score, mean, std, samples=200, gamma=0.05, beta=0.5, generator=None):
     return torch.einsum("n,nta->ta", (gamma * score(x)).softmax(0), x)
 
 
-class Classifier(nn.Module):
-    """VP2's success classifier of 64 x 64 images, under the names of its published weights."""
-
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cnv = nn.Sequential(
-                nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
-
-        def forward(self, x):
-            return x + self.cnv(x)
-
-    def __init__(self):
-        super().__init__()
-        middle = [layer for _ in range(3) for layer in (self.Residual(), nn.ReLU())]
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), *middle, nn.Conv2d(32, 3, 3, padding=1), nn.Flatten(),
-            nn.Linear(3 * 64 * 64, 1024), nn.ReLU(), nn.Linear(1024, 1))
-
-    def forward(self, images):
-        """(n, 3, 64, 64) in [0, 1] -> logits (n,)"""
-        return self.net(images)[:, 0]
-
-
-def reward(video, goal, classifier=None):
-    """VP2's score (n,): minus half the squared error, plus 10 times the logits, summed over all frames.
-
-    Of videos (n, 3, t, h, w) and a goal (3, h, w) in [-1, 1]; the errors are those in [0, 1].
-    """
-    out = -0.5 * ((video - goal[:, None]) / 2).square().sum((1, 2, 3, 4))
-    if classifier:
-        logits = classifier(((video + 1) / 2).transpose(1, 2).flatten(0, 1))    # (n*t,)
-        out += 10 * logits.view(len(video), -1).sum(1)
-    return out
-
-
 @torch.no_grad()
 def dream(world, frames, past, actions, seed, fps, context=1, steps=None, guidance=None):
     """What the world expects of real actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]
@@ -142,9 +107,9 @@ class Episode:
     agent: it plans in a "world" or, as an "oracle", in the simulator; at "random" it has no plan.
     """
 
-    def __init__(self, args, process, world, classifier, agent, problem, seed):
+    def __init__(self, args, process, world, cost, agent, problem, seed):
         make, self.goal, image = problem
-        self.args, self.process, self.world, self.classifier = args, process, world, classifier
+        self.args, self.process, self.world, self.cost = args, process, world, cost
         self.agent, self.seed, self.env, device = agent, seed, make(1), process.device
         # for a plan, and for its candidates
         self.copies = {n: make(n) for n in (1, args.samples)} if agent == "oracle" else {}
@@ -156,23 +121,28 @@ class Episode:
         self.past = torch.zeros(0, self.env.action_dim, device=device)  # what was done (t-1, a)
         self.imagined = []                                              # (3, h, w) after each action
 
-    def imagine(self, actions):
-        """What the agent expects of actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]"""
+    def imagine(self, actions, last=False):
+        """What the agent expects of actions (n, horizon, a): video (n, 3, horizon, h, w) in [-1, 1]
+
+        last: only its last frame, (n, 3, 1, h, w); the simulator renders no other, which takes it long.
+        """
         args = self.args
         if self.agent == "world":
             with self.process.autocast():
-                return dream(self.world, np.stack(self.frames), self.past, actions,
-                             self.seed + len(self.past), self.env.fps, args.context, args.sampling_steps,
-                             args.guidance)
+                video = dream(self.world, np.stack(self.frames), self.past, actions,
+                              self.seed + len(self.past), self.env.fps, args.context, args.sampling_steps,
+                              args.guidance)
+            return video[:, :, -1:] if last else video
         copies, frames = self.copies[len(actions)], []                  # what really happens
         copies.set_state(np.repeat(self.env.get_state(), len(actions), 0))
         for t in range(actions.shape[1]):
             copies.step(actions[:, t].cpu().numpy())
-            frames.append(copies.render())
+            if not last or t == actions.shape[1] - 1:
+                frames.append(copies.render())
         return to_video(torch.from_numpy(np.stack(frames, 1)), actions.device)
 
     def score(self, actions):
-        return reward(self.imagine(actions), self.target, self.classifier)
+        return self.cost(self.imagine(actions, self.cost.last), self.target)
 
     def plan(self, mean, std):
         """Actions to come (horizon, a). mean: what is left of the last plan; std: of the noise around it."""
@@ -219,23 +189,30 @@ class Episode:
 
 def measure(start, task, pairs, args, picture):
     """A row of the table, {column: [values]}: start(problem, seed) are episodes of start-goal pairs"""
-    won, seconds = [], []
+    won, seconds, shares = [], [], []
     runs = tqdm([(seed, i) for seed in args.seeds for i in range(len(pairs))], os.path.basename(picture),
                 dynamic_ncols=True, disable=None, leave=False)
     for seed, i in runs:
         episode = start(pairs[i], (seed * 1000 + i) * 1000)
+        before = episode.env.distances(task, episode.goal)
         solved, took = episode.run(task)
+        after = episode.env.distances(task, episode.goal)
+        shares.append({k: 1 - after[k] / before[k] for k in before if before[k] > NEAR})
         save_gif(f"{picture}-{seed}-{i:02d}.gif", episode.videos())
         won.append(solved)
         seconds += took
         runs.set_postfix_str(f"success {np.mean(won):.2f}")
     success = np.reshape(won, (len(args.seeds), len(pairs))).mean(1).tolist()
     low, high = wilson(np.mean(success), len(pairs))
-    return {"success": success, "seconds a plan": [float(np.mean(seconds))] if seconds else [],
+    nearer = {}
+    for k in before:
+        by_seed = [[share[k] for share in row if k in share] for row in np.reshape(shares, (-1, len(pairs)))]
+        nearer[f"{k} nearer"] = [float(np.mean(row)) for row in by_seed if row]
+    return {"success": success, **nearer, "seconds a plan": [float(np.mean(seconds))] if seconds else [],
             "low": [low], "high": [high], "pairs": [len(pairs)], "samples": [args.samples]}
 
 
-DEFAULT_GOALS = os.path.join("out", "goals")
+NEAR = 1e-3         # metres, or the toy's steps: who starts nearer to the goal has no distance to remove
 DEFAULTS = {
     "toy": dict(task=tuple(toy.TASKS), planner="cem", samples=64, horizon=5, replan=2, steps=6, wait=0,
                 context=1, std=[1.2], elites=0.2, sampling_steps=2, size=16, zero_actions_before=0),
@@ -247,32 +224,6 @@ DEFAULTS = {
 SAMPLES = {"open_slide": 800, "open_drawer": 800}               # VP2's, of other tasks 200
 
 
-def problems(args, task, robot):
-    """Start-goal pairs of a task: (n -> n copies of the environment at the start, goal state, goal image)"""
-    if args.env == "toy":
-        world, goals = toy.task_pairs(task, robot, args.pairs, size=args.size)
-        starts = world.get_state()
-        world.set_state(goals)
-        images = world.render()
-    else:
-        if args.goals == DEFAULT_GOALS:
-            desk.make_goals(task, args.goals, args.pairs, args.size, args.look)
-        starts, images = zip(*desk.goals(task, args.goals, args.pairs, args.size, args.look))
-        desk.one_desk(args.size, args.look).tell_how_it_renders()
-        starts, goals = np.stack(starts), [None] * len(starts)  # a desk needs no goal state to tell success
-
-    def make(i, n):
-        # 1000: the seed of `task_pairs`
-        if args.env == "robodesk":
-            env = desk.Desk(n, args.size, look=args.look)
-        else:
-            env = toy.ToyWorld(robot, [i] * n, 1000, args.size)
-        env.set_state(np.repeat(starts[i:i + 1], n, 0))
-        return env
-
-    return [(partial(make, i), goals[i:i + 1], images[i]) for i in range(len(images))]
-
-
 def parse(argv):
     parser = Parser(__doc__)
     add, count, share = parser.add_argument, number(int, 1, 1e6), number(float, 0, 1)
@@ -282,7 +233,10 @@ def parse(argv):
     add("--env", default="toy", choices=DEFAULTS)
     add("--task", nargs="+", help="(all of the environment's)")
     add("--goals", default=DEFAULT_GOALS, help="RoboDesk's: folder (the default is filled up) or VP2's HDF5")
-    add("--classifier", help="weights of VP2's success classifier, for a single task (without: pixels alone)")
+    add("--goal_from", type=count, help="RoboDesk's: start at most so many actions before the goal")
+    add("--cost", default="pixels", choices=COSTS,
+        help="what of a plan is compared with the goal: pixels or latents, of all its frames or the last")
+    add("--classifier", help="success classifier of a single task, VP2's or of cost.py, besides --cost")
     add("--pairs", type=count, default=30, help="start-goal pairs a task")
     add("--seeds", type=number(int), nargs="+", default=[0, 1, 2],
         help="of planner and dreams; the pairs stay")
@@ -300,7 +254,7 @@ def parse(argv):
     add("--context", type=count, help="frames that a dream starts from, at most (toy 1, robodesk 2)")
     add("--sampling_steps", type=count, help="Euler steps (toy 2, robodesk 3)")
     add("--guidance", type=number(float), default=1.0, help="guidance scale; 1: none")
-    add("--vae_weights", help="where Open-Sora's VAE lies now")
+    add("--vae_weights", help="where Open-Sora's VAE lies now; without --ckpt the VAE of --cost latent")
     add("--precision", default="auto", choices=PRECISIONS, help="bf16 autocast; auto: on cuda")
     add("--out", help="folder of results.json and GIFs (the run's, or out/plan-ENV), or to collect in")
     add("--collect", choices=("robodesk",), help="record episodes instead of planning; what is there stays")
@@ -320,6 +274,8 @@ def parse(argv):
             parser.error(f"--task {task}: {args.env} has {', '.join(default['task'])}")
     if args.classifier and len(args.task) != 1:
         parser.error("--classifier: it knows one task; name it with --task")
+    if args.goal_from and args.env != "robodesk":
+        parser.error("--goal_from: RoboDesk's goals alone are recorded")
     if not (args.ckpt or args.random or args.oracle or args.collect):
         parser.error("--ckpt: which run? (or --random, --oracle)")
     return args
@@ -344,17 +300,6 @@ def open_world(args, device):
     return world, config["data"], config["size"], state["step"]
 
 
-def open_classifier(path, size, device):
-    if size != 64:
-        raise UserError(f"--classifier {path}: sees 64 x 64 pixels, this world dreams {size} x {size}")
-    classifier = Classifier().to(device).eval()
-    try:
-        classifier.load_state_dict(torch.load(path, device, weights_only=True))
-    except Exception as error:              # whatever a wrong file makes torch raise
-        raise UserError(f"--classifier {path}: not VP2's classifier ({first_line(error)})") from None
-    return classifier
-
-
 def main(argv):
     args = parse(argv)
     if args.collect:
@@ -367,14 +312,16 @@ def main(argv):
         world, robot, args.size, step = open_world(args, process.device)
     if args.env == "robodesk":
         args.look = args.look or "published"
-    classifier = open_classifier(args.classifier, args.size, process.device) if args.classifier else None
+    cost = open_cost(args, world, process.device)
     open_results(out)
     pictures = os.path.join(out, "samples", "plan")
     os.makedirs(pictures, exist_ok=True)
-    apart = ("ckpt", "task", "collect", "episodes", "workers", "out", "random", "oracle", "vae_weights",
-             "samples")
+    apart = ["ckpt", "task", "collect", "episodes", "workers", "out", "random", "oracle", "samples"]
+    if args.ckpt:
+        apart.append("vae_weights")         # which is the world's, wherever it lies
     protocol = {k: v for k, v in vars(args).items() if k not in apart} | {
-        "precision": process.precision, "cost": "pixels and classifier" if classifier else "pixels",
+        "precision": process.precision, "cost": args.cost + (" and classifier" if args.classifier else ""),
+        "nearer": "share of the distance to the goal state that an episode removes (-: there is none)",
         "success": "the task's own test at any recorded state", "interval": "Wilson, 95 %, n = pairs"}
     began, rows = time.time(), {}
     asked = {"world": args.ckpt, "random": args.random, "oracle": args.oracle}
@@ -382,7 +329,7 @@ def main(argv):
         settings = Namespace(**vars(args) | {"samples": args.samples or SAMPLES.get(task, 200)})
         pairs = problems(args, task, robot)
         for agent in [name for name in asked if asked[name]]:
-            start = partial(Episode, settings, process, world, classifier, agent)
+            start = partial(Episode, settings, process, world, cost, agent)
             picture = os.path.join(pictures, f"{task}-{agent}")
             rows[f"{task} {agent}"] = measure(start, task, pairs, settings, picture)
             save_results(out, args.ckpt, step, {"plan": rows}, protocol)

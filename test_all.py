@@ -42,12 +42,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
 import checkpoint
+import cost
 import data
 import desk
 import episodes
 import evaluate
 import figures
 import formats
+import goals
 import judge
 import plan
 import reproduce
@@ -67,8 +69,8 @@ from flow import Draw, FlowConfig, World, sample, shift_time, time_ratio
 from formats import UserError, inspect_video, read_video
 from judge import Lpips, align, loss_by_time, predict, video_measures
 from lam import Adapter, LAM, LAMConfig, Standardize, TrueActions, resize
-from metrics import (cka, codebook_metrics, collapsed, frechet, joint_codes, nmi, paired_t, probe, psnr,
-                     ssim, wilson)
+from metrics import (average_precision, cka, codebook_metrics, collapsed, frechet, joint_codes, nmi, paired_t,
+                     probe, psnr, ssim, wilson)
 from run import lock
 from transformer import KVCache
 from vae import FrameVAE, PixelVAE, load_opensora_vae
@@ -1159,6 +1161,29 @@ def test_a_world_carries_the_vae_that_it_was_trained_with(vae_run):
     assert [k for k, v in world.vae.state_dict().items() if not torch.equal(v, trained[k])] == []
     dit = world.dit.cfg
     assert (dit.channels, dit.out_channels, dit.pixel_stride) == (16, 16, 8)
+
+
+def test_an_oracle_plans_by_the_latents_of_a_vae(vae_run):
+    done = run("plan.py", "--oracle", "--task", "reach", "--pairs", 2, "--seeds", 0, "--samples", 8, "--cost",
+               "latent-last", "--vae_weights", "out/vae", "--out", "plan", cwd=vae_run)
+    assert "cost latent-last, " in done.stdout
+    results = json.loads((vae_run / "plan/results.json").read_text())
+    assert results["protocol"]["plan"]["cost"] == "latent-last"
+    assert results["protocol"]["plan"]["vae_weights"] == "out/vae"
+    assert len(results["tables"]["plan"]["reach oracle"]["robot nearer"]) == 1
+
+
+def test_latents_that_are_compared_are_those_of_the_world(monkeypatch):
+    args = argparse.Namespace(cost="latent", classifier=None, vae_weights="v", look="fast")
+    world = small_world()
+    world.vae = FrameVAE(channels=8, width=8)
+    assert cost.open_cost(args, world, "cpu").vae is world.vae
+    alone, args.look = FrameVAE(channels=8, width=8), "published"
+    monkeypatch.setattr(cost, "load_vae", lambda path: (alone, "published"))
+    assert cost.open_cost(args, None, "cpu").vae is alone
+    monkeypatch.setattr(cost, "load_vae", lambda path: (alone, "fast"))
+    with pytest.raises(UserError, match="--vae_weights v has fast, --look has published; take one"):
+        cost.open_cost(args, None, "cpu")
 
 
 def test_a_run_without_a_vae_of_its_own_brings_none(vae_run):
@@ -4025,7 +4050,7 @@ def test_a_fuzzed_line_ends_well_or_with_one_line(number, forks, found, tmp_path
 
 # an import never runs upwards in this list
 ORDER = ("vq transformer lam weights vae dit flow toy formats episodes desk data config checkpoint metrics "
-         "judge run evaluate train plan bench figures reproduce").split()
+         "judge run evaluate train goals cost plan bench figures reproduce").split()
 TESTS = ("test_all", "conftest")
 
 
@@ -4693,24 +4718,150 @@ def black_and_white():
 BLACK = torch.full((3, 64, 64), -1.0)
 
 
-def test_reward_is_minus_half_the_squared_error_over_all_frames():
-    assert plan.reward(black_and_white(), BLACK).tolist() == [0.0, -0.5 * 3 * 4 * 64 * 64]
+def test_a_plan_costs_half_the_squared_error_of_all_frames():
+    assert cost.Cost()(black_and_white(), BLACK).tolist() == [0.0, -0.5 * 3 * 4 * 64 * 64]
 
 
 @torch.no_grad()
 def test_a_classifier_adds_10_times_its_logits_of_all_frames():
     torch.manual_seed(0)
-    classifier = plan.Classifier().eval()
+    classifier = cost.Classifier().eval()
     logits = classifier(torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64)]))       # black and white
-    got = plan.reward(black_and_white(), BLACK, classifier)
+    got = cost.Cost("pixels", None, classifier)(black_and_white(), BLACK)
     assert torch.allclose(got, torch.tensor([0.0, -24576.0]) + 10 * 4 * logits, atol=1e-2)
 
 
+def test_latents_cost_half_their_squared_error_frame_by_frame():
+    torch.manual_seed(0)
+    vae, video = FrameVAE(channels=8, width=8).eval(), torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    error = vae.encode(video) - vae.encode(video[:1, :, :1])
+    got = cost.Cost("latent", vae)(video, video[0, :, 0])
+    assert torch.allclose(got, -0.5 * error.square().sum((1, 2, 3, 4)), rtol=1e-4)
+    assert got[0] > got[1]                                      # its first frame is the goal
+
+
+def test_latents_of_a_vae_of_whole_films_are_compared_frame_by_frame():
+    vae, video = load_opensora_vae(VAE), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    judged = cost.Cost("latent", vae)
+    got = judged(video, video[0, :, 0])
+    assert torch.allclose(got, sum(judged(video[:, :, t:t + 1], video[0, :, 0]) for t in range(5)), rtol=1e-4)
+
+
+def test_a_batch_of_any_size_is_judged_in_parts():
+    assert torch.equal(cost.in_parts(torch.neg, torch.arange(7.0), size=3), -torch.arange(7.0))
+
+
+def lamps(folder, episodes=20, solved=True):
+    """Write episodes of six frames; a lamp goes on at the fifth, which does the task push_green"""
+    rng = np.random.default_rng(0)
+    for i in range(episodes):
+        frames = rng.integers(0, 100, (6, 64, 64, 3)).astype(np.uint8)
+        frames[4:, 20:40, 20:40] += 100
+        done = np.zeros((6, 7), bool)
+        done[4:, desk.TASKS.index("push_green")] = True
+        labels = dict(actions=np.zeros((5, 5)), look="fast") | ({"solved": done} if solved else {})
+        desk.write_episode(str(folder / f"desk_{i:05d}"), frames, labels, 10)
+
+
+@pytest.fixture(scope="module")
+def lamp(tmp_path_factory):
+    """A trained classifier's file, the table that its training ended with, and the folder of its episodes"""
+    folder = tmp_path_factory.mktemp("lamps")
+    (folder / "data").mkdir()
+    lamps(folder / "data")
+    done = run("cost.py", "--task", "push_green", "--data", "data", "--out", "c.pt", "--steps", 20,
+               "--batch", 8, cwd=folder)
+    return folder / "c.pt", done.stdout, folder / "data"
+
+
+@torch.no_grad()
+def test_a_classifier_learns_from_our_episodes_what_success_looks_like(lamp):
+    file, said, _ = lamp
+    classifier = cost.open_classifier(str(file), "push_green", "fast", 64, "cpu")
+    images = torch.full((2, 3, 64, 64), 0.2)
+    images[1, :, 20:40, 20:40] += 0.4
+    dark, lit = classifier(images)
+    assert dark < 0 < lit
+    title, row = (line.split() for line in said.splitlines()[:2])
+    assert title[-2:] == ["done", "frames"]
+    *_, precision, chance, positives, frames = map(float, row[1:])
+    assert (precision, chance) == (1, pytest.approx(1 / 3, abs=1e-3))           # two of six frames
+    heldout = len(Episodes(str(lamp[2]), 64, 1, split="heldout").episodes)
+    assert (positives, frames) == (2 * heldout, 6 * heldout)
+
+
+def test_a_classifier_of_the_same_seed_has_the_same_weights(lamp):
+    images, solved, look = cost.examples(str(lamp[2]), "push_green", "train")
+    assert look == "fast"
+    made = [cost.fit(images, solved, 2, 4, seed, Process()).state_dict() for seed in (1, 1, 2)]
+    same = [all(torch.equal(w, other[k]) for k, w in made[0].items()) for other in made[1:]]
+    assert same == [True, False]
+
+
+def test_half_of_what_a_classifier_is_trained_on_are_successes(monkeypatch):
+    seen, images = [], torch.zeros(100, 3, 64, 64, dtype=torch.uint8)
+    images[:2] = 255                                            # two successes of a hundred
+
+    def forward(self, x):
+        seen.append(x)
+        return self.net[0](x).mean((1, 2, 3))
+
+    monkeypatch.setattr(cost.Classifier, "forward", forward)
+    cost.fit(images, torch.arange(100) < 2, 3, 8, 0, Process())
+    assert [x.mean((1, 2, 3)).tolist() for x in seen] == [[1] * 4 + [0] * 4] * 3
+
+
+@pytest.mark.parametrize("task, look, words", [
+    ("push_red", "fast", "knows push_green, not push_red"),
+    ("push_green", "published", "c.pt has fast, --look has published; take one"),
+])
+def test_a_classifier_judges_its_own_task_in_its_own_look(task, look, words, lamp):
+    with pytest.raises(UserError, match=words):
+        cost.open_classifier(str(lamp[0]), task, look, 64, "cpu")
+
+
+def test_vp2s_classifier_knows_the_published_look(tmp_path):
+    torch.manual_seed(0)
+    theirs, file = cost.Classifier(), str(tmp_path / "push_red.pt")
+    torch.save(theirs.state_dict(), file)
+    opened = cost.open_classifier(file, "push_red", "published", 64, "cpu")
+    assert all(torch.equal(w, theirs.state_dict()[k]) for k, w in opened.state_dict().items())
+    with pytest.raises(UserError, match="push_red.pt has published, --look has fast; take one"):
+        cost.open_classifier(file, "push_red", "fast", 64, "cpu")
+
+
+@pytest.mark.parametrize("how, args, words", [
+    ({}, ["--task", "open_slide"], "open_slide is done in 0 of 18 train episodes, which takes 5 or more"),
+    ({"solved": False}, [], "does not tell which tasks are done, as in episodes of plan.py --collect"),
+    ({"episodes": 4}, [], "push_green is done in 3 of 3 train episodes, which takes 5 or more"),
+    ({}, ["--out", "."], "--out .: takes the name of a file"),
+    ({}, ["--out", "nowhere/c.pt"], "--out nowhere/c.pt: takes the name of a file, in a folder that can be"),
+    ({}, ["--task", "fly"], "argument --task: invalid choice: 'fly'"),
+])
+def test_a_classifier_that_cannot_be_trained_says_why(how, args, words, tmp_path, monkeypatch, refusal_of):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    lamps(tmp_path / "data", **how)
+    refused = refusal_of(cost.main, "--task", "push_green", "--data", "data", "--out", "c.pt", *args)
+    assert words in refused
+    assert not os.path.exists("c.pt")
+
+
 def test_the_classifier_has_the_names_of_vp2s_weights():
-    names = plan.Classifier().state_dict().keys()
+    names = cost.Classifier().state_dict().keys()
     for name in ("net.0.weight", "net.1.cnv.0.weight", "net.5.cnv.2.bias", "net.7.weight", "net.9.weight",
                  "net.11.bias"):
         assert name in names
+
+
+@pytest.mark.parametrize("scores, labels, found", [
+    ([3, 2, 1, 0], [1, 1, 0, 0], 1),
+    ([0, 1, 2, 3], [1, 1, 0, 0], (1 / 3 + 2 / 4) / 2),
+    ([3, 2, 1, 0], [1, 0, 1, 0], (1 + 2 / 3) / 2),
+    ([1, 1, 1, 1], [1, 0, 0, 0], 1 / 4),                        # by chance
+])
+def test_average_precision_known_answers(scores, labels, found):
+    assert average_precision(torch.tensor(scores), torch.tensor(labels).bool()) == pytest.approx(found)
 
 
 @pytest.mark.parametrize("share, n, interval", [
@@ -4792,6 +4943,46 @@ def test_toy_tasks_are_easy_for_the_oracle_and_hard_for_chance(task, bounds):
     assert oracle["success"][0] >= 0.9
     assert chance["success"][0] <= 0.1
     assert chance["high"][0] < oracle["low"][0]
+
+
+@pytest.mark.parametrize("task, what", [("reach", "robot"), ("push", "robot"), ("push", "block")])
+def test_the_oracle_comes_nearer_to_the_goal_than_chance(task, what, bounds):
+    table = json.loads((bounds / "results.json").read_text())["tables"]["plan"]
+    oracle, chance = (table[f"{task} {agent}"][f"{what} nearer"][0] for agent in ("oracle", "random"))
+    assert oracle >= 0.9
+    assert chance <= 0.5
+
+
+def test_what_is_at_its_goal_from_the_start_cannot_come_nearer(bounds):
+    table = json.loads((bounds / "results.json").read_text())["tables"]["plan"]
+    assert table["reach oracle"]["block nearer"] == []
+
+
+def test_what_comes_nearer_is_a_mean_over_the_episodes_of_a_seed_that_begin_apart(monkeypatch):
+    ways = iter([(4, 1), (2, 3), (0, 5), (8, 8), (1, 0), (0, 0)])           # before and after an episode
+
+    def start(problem, seed):
+        steps = iter(next(ways))
+        env = argparse.Namespace(distances=lambda task, goal: {"robot": next(steps)})
+        return argparse.Namespace(env=env, goal=None, run=lambda task: (False, []), videos=list)
+
+    monkeypatch.setattr(plan, "save_gif", lambda *_: None)
+    row = plan.measure(start, "reach", range(3), plan.parse(["--random", "--seeds", "0", "1"]), "p")
+    assert row["robot nearer"] == [(3 / 4 - 1 / 2) / 2, (0 + 1) / 2]
+
+
+@pytest.mark.parametrize("name, frames", [("pixels", 5), ("last", 1)])
+def test_an_oracle_renders_only_what_is_judged(name, frames, monkeypatch):
+    args = plan.parse(["--oracle", "--task", "reach", "--samples", "7", "--cost", name])
+    problem, judged = goals.problems(args, "reach", "held-out")[0], cost.Cost(name)
+    episode = plan.Episode(args, Process(), None, judged, "oracle", problem, 0)
+    actions, rendered = torch.randn(7, 5, 2, generator=seeded()), []
+    whole, render = episode.imagine(actions), episode.copies[7].render
+    monkeypatch.setattr(episode.copies[7], "render", lambda: rendered.append(7) or render())
+    scores = episode.score(actions)
+    assert len(rendered) == frames
+    assert torch.equal(scores, cost.Cost()(whole[:, :, -frames:], episode.target))
+    assert len(whole.unique(dim=0)) > 1                         # candidates do not do the same
 
 
 def test_a_picture_shows_what_was_seen_what_was_dreamed_and_the_goal(bounds):
@@ -4878,10 +5069,16 @@ def test_a_world_plans_in_the_look_that_it_has_learned(learned, asked, used, mon
     (["--random", "--env", "robodesk", "--task", "push_red", "--goals", "nowhere"],
      "no goal of the task push_red"),
     (["--oracle", "--replan", "9"], "only --horizon 5"),
+    (["--oracle", "--goal_from", "3"], "--goal_from: RoboDesk's goals alone"),
+    (["--oracle", "--goal_from", "0"], "--goal_from: 0: must be at least 1"),
+    (["--oracle", "--cost", "latent"], "--cost latent: takes a --ckpt with a VAE, or --vae_weights"),
+    (["--ckpt", "out/r-held-out", "--cost", "latent-last"], "--cost latent-last: takes a --ckpt with a VAE"),
+    (["--oracle", "--cost", "latent", "--vae_weights", "out/r"], "out/r: has no VAE of its own"),
+    (["--oracle", "--cost", "latent", "--vae_weights", "out/r/config.json"], "out/r/config.json"),
     (["--oracle", "--classifier", "x"], "it knows one task"),
     (["--oracle", "--task", "reach", "--classifier", "out/r/config.json"], "sees 64 x 64 pixels"),
     (["--random", "--env", "robodesk", "--task", "push_red", "--classifier", "out/r/config.json"],
-     "not VP2's classifier"),
+     "not VP2's classifier, nor one of cost.py"),
     (["--oracle", "--samples", "0"], "at least 1"),
     (["--oracle", "--std", "nan"], "argument --std: nan: must be at least 0"),
     (["--oracle", "--beta", "1.1"], "argument --beta: 1.1: must be at least 0, at most 1"),
@@ -4980,6 +5177,30 @@ def test_a_robodesk_script_does_its_task(task, monkeypatch):
     _, labels = desk.play(alone, alone.script(desk.ROUTES[task]), 24, task)
     assert labels["solved"].any(1).tolist() == [False] * (len(labels["solved"]) - 1) + [True]
     assert labels["solved"][-1].tolist() == [name == task for name in desk.TASKS]
+
+
+@pytest.mark.parametrize("task, moved, way", [
+    ("open_drawer", 18, -0.25), ("open_slide", 19, 0.3), ("push_green", 21, -0.01),
+    ("upright_block_off_table", 34, 0.2), ("flat_block_off_table", 41, -0.1)])
+def test_a_robodesks_object_is_as_far_from_its_goal_as_its_joint(task, moved, way, desks):
+    start, goal = desks.get_state()[:1], desks.get_state()[:1]
+    goal[0, moved] += way
+    assert desks.distances(task, goal) == pytest.approx({"hand": 0, "object": abs(way)}, abs=1e-9)
+    assert desks.distances(task, start) == {"hand": 0, "object": 0}
+    assert np.array_equal(desks.get_state()[:1], start)
+
+
+def test_a_robodesks_hand_is_as_far_from_its_goal_as_it_has_gone(desks):
+    start, route = desks.get_state()[:1], desk.ROUTES["push_red"]
+    at = desks.places(route)[0].copy()
+    desks.step(ACTIONS)
+    way = np.linalg.norm(desks.places(route)[0] - at)
+    assert way > 0.01
+    assert desks.distances("push_red", start)["hand"] == pytest.approx(way, abs=1e-6)
+
+
+def test_a_robodesk_whose_goal_has_no_state_is_at_no_distance_from_it(desks):
+    assert np.isnan(list(desks.distances("push_red", None).values())).all()
 
 
 @pytest.fixture
@@ -5089,34 +5310,64 @@ def test_a_recorded_robodesk_episode_can_be_acted_again(collected):
 
 def test_a_recorded_robodesk_episode_serves_as_a_goal(tmp_path):
     needs("robodesk")
-    desk.make_goals("open_drawer", str(tmp_path / "goals"), 1)
-    found = desk.goals("open_drawer", str(tmp_path / "goals"), 30)
-    assert [(state.shape, image.shape) for state, image in found] == [((73,), (64, 64, 3))]
+    goals.make_goals("open_drawer", str(tmp_path / "goals"), 1)
+    found = goals.read_goals("open_drawer", str(tmp_path / "goals"), 30)
+    assert [(start.shape, goal.shape, image.shape) for start, goal, image in found] == [
+        ((73,), (1, 73), (64, 64, 3))]
+    env = desk.Desk()
+    env.set_state(found[0][1])
+    assert env.success("open_drawer").tolist() == [True]
+
+
+@pytest.fixture
+def counted_goals(tmp_path):
+    """A folder with two goals of six states: state t of goal i is all 10 i + t, its image as bright"""
+    for i in range(2):
+        shades = 10 * i + np.arange(6)
+        labels = dict(actions=np.zeros((5, 5)), states=np.repeat(shades[:, None], 73, 1),
+                      solved=np.zeros((6, 7), bool), look="fast")
+        images = np.broadcast_to(shades[:, None, None, None], (6, 64, 64, 3)).astype(np.uint8)
+        desk.write_episode(str(tmp_path / f"goal_push_red_000{i}"), images, labels, 10)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("before, starts", [(None, [0, 10]), (1, [4, 14]), (5, [0, 10]), (99, [0, 10])])
+def test_goals_lie_as_many_actions_ahead_as_are_asked_for(before, starts, counted_goals):
+    found = goals.read_goals("push_red", counted_goals, 30, look="fast", before=before)
+    assert [start[0] for start, _, _ in found] == starts
+    assert [goal.tolist() for _, goal, _ in found] == [[[5] * 73], [[15] * 73]]     # the last state
+    for (_, _, image), shade in zip(found, (5, 15)):
+        assert np.abs(image.astype(int) - shade).max() <= 2     # the video's colours are converted
 
 
 def test_goals_of_another_look_are_refused(collected, tmp_path):
     for ending in (".mp4", ".npz"):
         shutil.copy(collected / f"desk_00000{ending}", tmp_path / f"goal_push_red_0000{ending}")
-    assert desk.goals("push_red", str(tmp_path), 1)
+    assert goals.read_goals("push_red", str(tmp_path), 1)
     with pytest.raises(UserError, match=f"{tmp_path} has published, --look has fast; take one"):
-        desk.goals("push_red", str(tmp_path), 1, look="fast")
+        goals.read_goals("push_red", str(tmp_path), 1, look="fast")
 
 
-def test_vp2s_goals_are_read_in_their_order(tmp_path):
+def test_vp2s_goals_are_read_in_their_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(formats, "TOLD", set())
     needs("h5py")
     import h5py
     with h5py.File(tmp_path / "goals.hdf5", "w") as f:
         for i in (2, 10):
             # VP2's states end in the hand's place, 3 numbers
-            f[f"data/demo_{i}/states"] = np.full((4, 76), i)
+            f[f"data/demo_{i}/states"] = np.full((4 if i == 2 else 1, 76), i)
             f[f"data/demo_{i}/obs/camera_image"] = np.full((4, 64, 64, 3), i, np.uint8)
-    found = desk.goals("push_red", str(tmp_path / "goals.hdf5"), 30)
-    assert [state.shape for state, _ in found] == [(73,), (73,)]
-    assert [state[0] for state, _ in found] == [2, 10]
-    for (_, image), i in zip(found, (2, 10)):
+    found = goals.read_goals("push_red", str(tmp_path / "goals.hdf5"), 30)
+    assert [start.shape for start, _, _ in found] == [(73,), (73,)]
+    assert [start[0] for start, _, _ in found] == [2, 10]
+    for (_, _, image), i in zip(found, (2, 10)):
         assert (image == i).all()
+    assert (found[0][1] == 2).all()
+    assert found[1][1] is None                                  # only the start has a state
+    assert "goals.hdf5: its images have no states: hand nearer, object nearer stay empty" in (
+        capsys.readouterr().err)
     with pytest.raises(UserError, match="goals.hdf5 has published, --look has fast; take one"):
-        desk.goals("push_red", str(tmp_path / "goals.hdf5"), 30, look="fast")
+        goals.read_goals("push_red", str(tmp_path / "goals.hdf5"), 30, look="fast")
 
 
 @pytest.mark.parametrize("camera, words", [

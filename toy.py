@@ -151,6 +151,11 @@ class ToyWorld:
         """Whether the robot (reach) or block 0 (push) is in its cell of the goal states: (n,) bool"""
         return (self.position[:, TASKS[task]] == goal[:, TASKS[task]]).all(-1)
 
+    def distances(self, task, goal):
+        """Steps from the first world to a goal state (1, 1 + blocks, 2): the robot's and block 0's"""
+        steps = np.abs(self.position[0] - goal[0]).sum(-1)
+        return {"robot": int(steps[0]), "block": int(steps[1])}
+
     def policy(self, goal):
         """Actions (n, action_dim) that head for waypoints (n, 2), which change at random, in place."""
         u = self.rolls(8)
