@@ -4077,8 +4077,8 @@ def test_files_have_at_most_400_lines():
     assert {module: n for module, n in lines.items() if n > 400} == {}
 
 
-def test_modules_have_at_most_7200_lines_together():
-    assert sum(len(text.splitlines()) for module, text in texts().items() if module not in TESTS) <= 7200
+def test_modules_have_at_most_7400_lines_together():
+    assert sum(len(text.splitlines()) for module, text in texts().items() if module not in TESTS) <= 7400
 
 
 def test_there_are_at_most_64_settings():
