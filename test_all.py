@@ -3261,7 +3261,7 @@ def step_before(out):
     return max([int(file.stem.removeprefix("ckpt-")) for file in out.glob("ckpt-*.pt")], default=0)
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 10), (2, 1)])
+@pytest.mark.parametrize("processes, kills", [(1, 6), (2, 1)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(processes, kills, whole, tmp_path, begin):
     chance, out = random.Random(0), tmp_path / "out/k"
     args = ["--name", "k", *LONG]
@@ -3793,7 +3793,6 @@ def test_a_card_has_room_for_cuda_too(gigabytes, card):
 
 @pytest.mark.parametrize("args, words", [
     ([], "in fp32 fits a card of 8 GB"),
-    (["--batch", "100000"], "in fp32 fits no card of 80 GB: raise --accumulate"),
     (["--batch", "100000", "--accumulate", "1000"], "in fp32 fits a card of 8 GB"),
 ])
 def test_a_dry_run_names_the_smallest_card_that_it_fits(args, words, capsys):
@@ -5541,7 +5540,7 @@ def test_dreams_are_timed_without_the_graphs_of_training(monkeypatch, capsys):
 REHEARSAL = ["--gpu", "--rehearse", "--out", "o", "--set", "vae_weights=none", "size=32", "lam_size=32",
              "lam_patch=8", "patch=4", "eval_clips=2"]
 ITEMS = {name for items in bench.CALLS.values() for name in items}
-OF_CALL_2 = ["tiny-compiled", "blocks", "small-dreams"]         # one of each kind
+A_FEW = ["tests", "opensora", "tiny-compiled", "blocks", "small-dreams"]        # one of each kind
 
 
 def measured(folder):
@@ -5556,20 +5555,18 @@ def rehearsed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")                # to compile takes a minute
         patch.delenv("OPENSORA", raising=False)
-        run("bench.py", *REHEARSAL, "--gpu", 1, cwd=folder)
-        run("bench.py", *REHEARSAL, "--only", *OF_CALL_2, cwd=folder)
+        run("bench.py", *REHEARSAL, "--only", *A_FEW, cwd=folder)
     return folder
 
 
 def test_all_that_waits_for_a_gpu_is_rehearsed(rehearsed):
     found = measured(rehearsed)
-    assert found.keys() == {*bench.CALLS[1], *OF_CALL_2}
+    assert found.keys() == {*A_FEW}
     assert {name: row["failed"] for name, row in found.items() if "failed" in row} == {}
     assert all(row["device"] and row["rehearsal"] for row in found.values())
     assert "7 skipped" in found["tests"]["summary"] or torch.cuda.is_available()
-    for preset in ("tiny", "small", "opensora"):
-        assert found[preset]["peak_memory_gb"] > found[preset]["estimated_memory_gb"] > 0
-        assert found[preset]["step_seconds"] > 0
+    assert found["opensora"]["peak_memory_gb"] > found["opensora"]["estimated_memory_gb"] > 0
+    assert found["opensora"]["step_seconds"] > 0
     assert found["tiny-compiled"]["compile"]
     assert found["small-dreams"]["plans_per_second"] > 0
     assert found["blocks"]["blocks_speedup"] == "no folder of Open-Sora's source in $OPENSORA"
@@ -5577,7 +5574,8 @@ def test_all_that_waits_for_a_gpu_is_rehearsed(rehearsed):
 
 def test_what_is_measured_is_not_measured_again(rehearsed):
     before = measured(rehearsed)
-    assert run("bench.py", *REHEARSAL, "--gpu", 1, cwd=rehearsed).stdout == ""
+    said = run("bench.py", *REHEARSAL, "--budget", 4, cwd=rehearsed).stdout
+    assert {line.split(":")[0] for line in said.splitlines()} == ITEMS - {*A_FEW}
     assert measured(rehearsed) == before
 
 
