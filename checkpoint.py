@@ -199,7 +199,7 @@ def build(cfg, absent=()):
             world.adapter = None
         else:
             world = build_parts(cfg, absent)
-        side = world.dit.cfg.patch * world.vae.pixel_stride
+        side = world.vae.pixel_stride * (1 if cfg.mode == "vae" else world.dit.cfg.patch)
         if cfg.size % side:
             raise ValueError(f"--size {cfg.size} is not a multiple of {side}, the DiT's patch in pixels")
         window = world.vae.latent_frames(cfg.frames) - 1

@@ -57,7 +57,7 @@ class Config:
     wm_steps: int = setting(1600, "two-stage: steps of the world model on the frozen LAM", changes=True)
     adapter_steps: int = setting(1000, "adapt: steps of the adapter, on 4 batches each", changes=True)
     adapt_steps: int = setting(600, "adapt: steps of the world model on the frozen LAM", changes=True)
-    vae_steps: int = setting(3000, "vae: steps", changes=True)
+    vae_steps: int = setting(3000, "vae: steps of the VAE", changes=True)
     actions: str = setting("latent", "joint: what drives the generator: latent actions, or the true ones of "
                                      "--data, the upper bound, with no LAM", choices=("latent", "true"))
     real_share: float = setting(0.5, "(ours) adapt: share of clips driven by real actions, through "
@@ -208,7 +208,7 @@ class Phase:
     batch: int                          # clips a step, over all ranks
     crop: float                         # smallest side of the random crop; 1 where the LAM is frozen
     codes: bool = True                  # latent actions are inferred
-    real: bool = False                  # some clips are driven by real actions (--real_share)
+    real: bool = False                  # real actions drive clips: --real_share of them, or all (--actions)
     dreams: bool = True                 # the generator listens to them, so it can be asked to dream
     causal: bool = True                 # temporal attention of the generator
     # the learning-rate schedule, which phases of one training share
@@ -242,7 +242,7 @@ def phases(cfg):
     web = "web" if cfg.data in TOY else cfg.data
     true = cfg.actions == "true"
     lam = () if true else ("lam",)
-    together = (("action", "body") if cfg.freeze_lam else lam + ("action", "body"))
+    together = ("action", "body") if cfg.freeze_lam else lam + ("action", "body")
     pretrain = phase("pretrain", cfg.pretrain, ("body",), data=web, crop=cfg.crop, codes=False, dreams=False,
                      causal=cfg.causal)
     schedules = {
@@ -378,8 +378,10 @@ def check(parser, cfg, base):
         parser.error("nothing to train: every phase has 0 steps")
     if cfg.mode == "adapt" and cfg.init == "none":
         parser.error("--mode adapt: needs --init, a trained world")
-    if cfg.actions == "true" and cfg.mode not in ("joint", "pretrain"):
-        parser.error(f"--actions true: has no LAM to train; --mode {cfg.mode} has nothing else")
+    if cfg.mode == "vae" and (cfg.init, cfg.init_lam, cfg.dit_weights) != ("none",) * 3:
+        parser.error("--mode vae: trains a VAE from scratch, without --init, --init_lam, --dit_weights")
+    if cfg.actions == "true" and cfg.mode != "joint":
+        parser.error(f"--actions true: has no LAM to train, so --mode joint alone, not {cfg.mode}")
     if cfg.mode == "two-stage" and not cfg.lam_steps and cfg.init == cfg.init_lam == "none":
         parser.error("--lam_steps 0: needs --init_lam or --init, a trained LAM")
     replaced = cfg.init_lam != "none" or cfg.dit_weights not in ("none", base.get("dit_weights"))

@@ -1114,7 +1114,7 @@ def test_the_loss_of_a_frame_vae_is_its_error_plus_beta_times_torchs_kl():
     torch.manual_seed(0)
     vae, frames = FrameVAE(channels=8, width=8, beta=0.5), torch.rand(2, 3, 3, 16, 16) * 2 - 1
     loss, out = vae(frames, Draw(0))
-    mean, logvar = vae.posterior(frames)
+    mean, logvar = vae.moments(frames).chunk(2, 1)
     unit = torch.distributions.Normal(0, 1)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), unit).mean()
     torch.testing.assert_close(out["kl"], kl.detach())
@@ -1184,6 +1184,22 @@ def test_latents_that_are_compared_are_those_of_the_world(monkeypatch):
     monkeypatch.setattr(cost, "load_vae", lambda path: (alone, "fast"))
     with pytest.raises(UserError, match="--vae_weights v has fast, --look has published; take one"):
         cost.open_cost(args, None, "cpu")
+
+
+def test_latents_of_a_frame_vae_are_cached(vae_run):
+    args = ["--vae_weights", "out/vae", *SMALL, "--patch", 1, "--pretrain", 2, "--warmup", 0, "--e2e", 2]
+    run("train.py", "--name", "plain", *args, cwd=vae_run)
+    run("train.py", "--name", "cached", *args, "--latent_cache", "cache", cwd=vae_run)
+    assert os.listdir(vae_run / "cache")
+    plain, cached = (load_checkpoint(str(vae_run / "out" / name))["dit"] for name in ("plain", "cached"))
+    for k, v in plain.items():
+        torch.testing.assert_close(cached[k], v, rtol=1e-4, atol=1e-5)
+
+
+def test_frames_too_small_for_ssim_have_none():
+    vae, heldout = FrameVAE(channels=4, width=8).eval(), ToyClips("cross", 8, 2, split="heldout")
+    numbers, _ = judge.reconstruct(vae, heldout, 2)
+    assert numbers["psnr_vae"] > 0 and "ssim_vae" not in numbers
 
 
 def test_a_run_without_a_vae_of_its_own_brings_none(vae_run):
@@ -2731,6 +2747,7 @@ def refusal(capsys):
     (["--batch", "16", "--accumulate", "3"], "multiple of processes x --accumulate"),
     (["--latent_cache", "latents"], "needs --vae_weights"),
     (["--actions", "true", "--mode", "two-stage"], "has no LAM to train"),
+    (["--mode", "vae", "--init", "out/toy"], "trains a VAE from scratch"),
 ])
 def test_settings_that_make_no_sense_get_one_line(args, words, refusal):
     assert words in refusal(*args)

@@ -170,6 +170,7 @@ class FrameVAE(nn.Module):
     """
 
     pixel_stride, time_stride = 8, 1
+    chunk = 1                                                   # frames that are encoded together
 
     def __init__(self, channels=16, width=32, beta=1e-4):
         super().__init__()
@@ -183,10 +184,10 @@ class FrameVAE(nn.Module):
     def latent_frames(self, frames):
         return frames
 
-    def posterior(self, video):
-        """(b, 3, t, h, w) -> its mean and log variance, each (b*t, channels, h/8, w/8)"""
+    def moments(self, video):
+        """(b, 3, t, h, w) -> means and log variances of the posteriors (b*t, 2*channels, h/8, w/8)"""
         frames = rearrange(video, "b c t h w -> (b t) c h w")
-        return self.encoder(F.pixel_unshuffle(frames, 2)).float().clamp(-30, 20).chunk(2, 1)
+        return self.encoder(F.pixel_unshuffle(frames, 2)).float()
 
     def pixels(self, z):
         """Latents before they are standardised (n, channels, h, w) -> frames (n, 3, 8h, 8w)"""
@@ -197,7 +198,7 @@ class FrameVAE(nn.Module):
 
         video (b, 3, t, h, w) in [-1, 1]; draw: source of randomness. Returns loss, {"mse", "kl"}.
         """
-        mean, logvar = self.posterior(video)
+        mean, logvar = self.moments(video).chunk(2, 1)
         noise = draw(torch.randn, len(video), video.shape[2], *mean.shape[1:]).flatten(0, 1)
         z = mean + (0.5 * logvar).exp() * noise
         self.norm(z.detach())
@@ -209,8 +210,7 @@ class FrameVAE(nn.Module):
     @torch.no_grad()
     def encode(self, video, sample=False):
         """video (b, 3, t, h, w) in [-1, 1], h and w multiples of 8 -> latents (b, channels, t, h/8, w/8)"""
-        mean, logvar = self.posterior(video)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if sample else mean
+        z = posterior(self.moments(video), sample)
         z = F.batch_norm(z, self.norm.running_mean, self.norm.running_var)
         return rearrange(z, "(b t) c h w -> b c t h w", b=len(video))
 
